@@ -163,6 +163,9 @@ class AfterUpdate(Event):
         lr: Learning rate of the update by parameter group.
         weight_decay: Weight decay of the update by parameter group.
         grad_norm: 2-norm of the gradients before clipping; None if the step did not measure it.
+        gradients: The gradients by name of parameter, of all ranks, unscaled and before clipping. They are dense copies
+            to which nothing writes, and DTensors where the parameters are; parameters without one are left out. None if
+            the step did not copy them, and in an update that was skipped.
         finite: Whether the losses (with `trainer.nonfinite: skip` or `raise` also the gradients) were finite; None if
             the step did not check.
         skipped: Whether the update was skipped, because it was not finite or had no samples; callbacks that average
@@ -190,6 +193,7 @@ class AfterUpdate(Event):
     lr: Mapping[str, float] = _EMPTY
     weight_decay: Mapping[str, float] = _EMPTY
     grad_norm: torch.Tensor | float | None = None
+    gradients: Mapping[str, torch.Tensor] | None = None
     finite: torch.Tensor | bool | None = True
     skipped: bool = False
     duration_s: float = 0.0
@@ -221,6 +225,10 @@ _COSTS: Final = {
         "one pass over all gradients, unless they are clipped by it anyway",
         "the step, before it clips them",
     ),
+    "gradients": (
+        "one copy of all gradients, and its memory until the event is over",
+        "the step, before it clips them",
+    ),
     "finite": ("one operation on the total loss", "the step; with `trainer.nonfinite: skip` or `raise` in any case"),
     "forward_s": ("one reading of a clock per accumulation step", "the step"),
     "backward_s": ("one reading of a clock per accumulation step", "the step"),
@@ -242,7 +250,7 @@ def check_reading(label: str, name: str) -> Problem | None:
 
     Example:
         >>> print(check_reading("Clip", "gradnorm"))
-        Clip declares the unknown reading 'gradnorm'; readings: grad_norm, finite, ...; did you mean 'grad_norm'?
+        Clip declares the unknown reading 'gradnorm'; readings: grad_norm, gradients, ...; did you mean 'grad_norm'?
     """
     if name in READINGS:
         return None

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from torch import Tensor
+
 from noether.core.errors import Problem, is_number, raise_problems
 from noether.core.run import Run
 from noether.core.tensors.losses import separate_weights
@@ -150,6 +152,12 @@ def _is_named_numbers(value: Any) -> bool:
     return _TEXT.issuperset(map(type, value)) and all(map(_is_number, value.values()))
 
 
+def _is_named_tensors(value: Any) -> bool:
+    if not isinstance(value, Mapping):
+        return False
+    return _TEXT.issuperset(map(type, value)) and all(isinstance(each, Tensor) for each in value.values())
+
+
 _TEXT: Final = frozenset({str})
 _FLAG: Final = FieldRule(_is_flag, "True or False", "True")
 _BY_GROUP: Final = "a mapping from parameter group to number"
@@ -184,6 +192,11 @@ _RULES: Final = {
         lambda value: value is None or _is_number(value),
         "a number, a 0-dimensional tensor or None",
         "torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])",
+    ),
+    "gradients": FieldRule(
+        lambda value: value is None or _is_named_tensors(value),
+        "a mapping from name of a parameter to tensor, or None",
+        "{name: parameter.grad.clone() for name, parameter in model.named_parameters()}",
     ),
     "finite": FieldRule(
         lambda value: value is None or _is_flag(value) or _is_one_value(value),

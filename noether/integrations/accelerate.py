@@ -17,7 +17,7 @@
 | `session.batches(loader)` begins | `BeforeTraining`, after it the `AfterEpoch` of a full epoch | `resumed` after `accelerator.load_state`, or if the directory holds a checkpoint |
 | it yields a batch | | the time before it was spent waiting for data |
 | `session.backward(losses)` | `AfterAccumulationStep`, if a callback listens | losses, outputs if they are given, samples of the batch |
-| `session.update()` where `accelerator.sync_gradients` | `AfterUpdate` | sample-weighted means of the losses since the last update, learning rates of the step, `grad_norm` if a callback reads it |
+| `session.update()` where `accelerator.sync_gradients` | `AfterUpdate` | sample-weighted means of the losses since the last update, learning rates of the step, `grad_norm` and `gradients` before clipping if a callback reads them |
 | the same, where a gradient scaler skipped the step | `AfterUpdate(skipped=True)` | |
 | the loader ends | `AfterEpoch` | |
 | the end is reached, or `state.stop` gives a reason | `AfterTraining` | `session.batches` ends |
@@ -36,10 +36,11 @@ Differences from noether's own trainer and from `Session`:
   epoch, whose batches it reads again from the first. A `SeedableRandomSampler` keeps the seed that it took from torch's
   generator in `prepare`: call `accelerate.utils.set_seed` before.
 - Save a checkpoint of accelerate right after `session.update()`, not inside of an update.
-- A gradient scaler is accelerate's; noether's checkpoints hold its scale, and `grad_norm` is that of unscaled gradients.
-  `forward_s`, `backward_s` and `optimizer_s` are missing.
+- A gradient scaler is accelerate's; noether's checkpoints hold its scale, and `grad_norm` and `gradients` are
+  unscaled. `forward_s`, `backward_s` and `optimizer_s` are missing.
 - Of several optimizers, a batch may step any: it is one update. Call `accelerator.backward` for some losses and
-  `session.backward` for the last. Then `grad_norm` is that of the gradients as each optimizer steps, after clipping.
+  `session.backward` for the last. Then `grad_norm` and `gradients` are those with which each optimizer steps, after
+  clipping.
 - On several processes all is as in `Session`: samples are summed, including those that accelerate repeats to fill up
   batches, and losses are averaged over them. Loaders of `data` that `prepare` has split are evaluated whole. A model that
   FSDP or DeepSpeed shards is refused, because no process has it whole.
@@ -52,7 +53,6 @@ from collections.abc import Mapping
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, final
 
-from torch.nn.utils import get_total_norm
 from torch.utils.data import default_collate
 
 from noether.core.run import Run
@@ -172,7 +172,6 @@ class AcceleratedSession:
         self.session.seeds_loop = self.session.resumes_within_epochs = True
         self._generators = generators_of_model(self._model)
         self._batch: Any = None
-        self._grad_norm: Tensor | None = None
         self._has_several = isinstance(optimizer, Mapping)  # of which each has its own gradients as it steps
 
     def batches(self, loader: Any) -> Iterator[Any]:
@@ -212,10 +211,9 @@ class AcceleratedSession:
             samples=self.session.run.count_samples(self._batch),
             of=self._accelerator.gradient_accumulation_steps,
         )
-        if self._accelerator.sync_gradients and "grad_norm" in self.session.readings and not self._has_several:
-            norm = get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])
+        if self._accelerator.sync_gradients and not self._has_several:
             scaler = self._accelerator.scaler
-            self._grad_norm = norm if scaler is None else norm / scaler.get_scale()
+            self.session.measure_gradients(scale=None if scaler is None else scaler.get_scale())
 
     def update(self) -> None:
         """Report the update, if the micro-batch completed one. Call it once per batch, after `scheduler.step`.
@@ -228,8 +226,7 @@ class AcceleratedSession:
         skipped = not self.session.steps
         if skipped and not self._accelerator.optimizer_step_was_skipped:
             raise SessionError("the optimizer made no step: call session.update() after optimizer.step()")
-        norm, self._grad_norm = self._grad_norm, None
-        self.session.update(skipped=skipped, grad_norm=norm)
+        self.session.update(skipped=skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the memory of the run, which accelerate saves beside model and optimizer."""

@@ -20,8 +20,9 @@ Differences from noether's own trainer:
 - `AfterAccumulationStep` of an update's last micro-batch comes after the optimizer's step, when the engine reports it.
 - A step that carries gradients over the end of an epoch, as ignite's does, completes its update in the next epoch. A run
   that resumes at the end of such an epoch does not have these gradients.
-- `grad_norm` is that of the gradients as the optimizer steps, after clipping. `forward_s`, `backward_s` and
-  `optimizer_s` are missing: all three happen inside of the step.
+- `grad_norm` and `gradients` are those with which the optimizer steps, after clipping, unless the step calls
+  `session.measure_gradients()` before. `forward_s`, `backward_s` and `optimizer_s` are missing: all three happen inside
+  of the step.
 - `DeterministicEngine` resumes in the middle of an epoch; `Engine` reads an epoch from its first batch, so there a
   noether checkpoint has to be from the end of an epoch. Load checkpoints of ignite as in any ignite script.
 - The order of a shuffling loader and dropout are drawn from the global random generators. Their states, those of

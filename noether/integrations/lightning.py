@@ -5,7 +5,7 @@
 | `on_train_start` | `BeforeTraining` | `resumed` if Lightning's checkpoint has the callbacks' state, or the directory has a checkpoint |
 | `on_train_epoch_start` | | in a resumed run, restores the random generators, once |
 | `on_train_batch_start` | | ends the wait for data |
-| `on_before_optimizer_step` | | `grad_norm` before gradient clipping, if a callback reads it |
+| `on_before_optimizer_step` | | `grad_norm` and `gradients` before gradient clipping, if a callback reads them |
 | `on_train_batch_end` | `AfterAccumulationStep`, if a callback handles it | losses and outputs from the result of `training_step`, samples of the batch |
 | the same, after a step of the optimizer | `AfterUpdate` | sums and sample-weighted means of the batches since the last update; learning rates of the step |
 | the same, if the step was skipped | `AfterUpdate(skipped=True)` | `training_step` returned None, or a gradient scaler found infinities |
@@ -47,7 +47,6 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from lightning.pytorch import Callback as LightningCallback
 from lightning.pytorch.strategies import DDPStrategy
-from torch.nn.utils import get_total_norm
 
 from noether.core.iteration import TrainingIteration
 from noether.core.loop import updates_in_epoch
@@ -65,7 +64,6 @@ if TYPE_CHECKING:
 
     import torch
     from lightning.pytorch import LightningModule, Trainer
-    from torch import Tensor
     from torch.optim import Optimizer
 
     from noether.core.callback import Callback, Effects
@@ -136,7 +134,6 @@ class NoetherCallback(LightningCallback):
         )
         self.session: Session | None = None
         self._saved: dict[str, Any] | None = None
-        self._grad_norms: dict[Any, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the run, or resume it from an earlier fit, Lightning's checkpoint, or the directory."""
@@ -186,10 +183,8 @@ class NoetherCallback(LightningCallback):
         self._running.batch_arrived()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Measure the norm of the gradients, if a callback reads it."""
-        if "grad_norm" in self._running.readings:
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            self._grad_norms[optimizer] = get_total_norm(grads)
+        """Measure the gradients, if a callback reads them."""
+        self._running.measure_gradients(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -210,8 +205,7 @@ class NoetherCallback(LightningCallback):
             )
         last = trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
         if optimizer_steps or (automatic and (last or session.pending_micro_batches == steps)):
-            norms, self._grad_norms = list(self._grad_norms.values()), {}
-            session.update(skipped=not optimizer_steps, grad_norm=_total(norms))
+            session.update(skipped=not optimizer_steps)
         self._apply_stop(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -252,11 +246,6 @@ class NoetherCallback(LightningCallback):
     def _apply_stop(self, trainer: Trainer) -> None:
         if self._running.stop is not None:
             trainer.should_stop = True
-
-
-def _total(norms: list[Tensor]) -> Tensor | None:
-    """Return the norm of the gradients of all optimizers from that of each."""
-    return get_total_norm(norms) if len(norms) > 1 else next(iter(norms), None)
 
 
 def _by_index(parts: list[Any]) -> Any:

@@ -225,10 +225,11 @@ class _Measurements(NamedTuple):
     outputs: Any
 
 
-def _empty_event(event: type[Event], state: TrainState, run: Run) -> Event:  # noqa: ARG001  # as _one_sample_event
+def _empty_event(event: type[Event], state: TrainState, run: Run) -> Event:
     """Return an event with losses of zero, without outputs, and with datasets without samples."""
     losses = FrozenDict(total=torch.zeros(()))
-    return _make_event(event, run.replace(data={key: _OneBatch(()) for key in run.data}), _Measurements(losses, None))
+    run = run.replace(data={key: _OneBatch(()) for key in run.data})
+    return _make_event(event, state, run, _Measurements(losses, None))
 
 
 def _one_sample_event(event: type[Event], state: TrainState, run: Run) -> Event:
@@ -238,10 +239,10 @@ def _one_sample_event(event: type[Event], state: TrainState, run: Run) -> Event:
         losses, outputs = run.forward(state, next(iter(run.data["train"].batched(1))))
         measured = _Measurements(losses, (outputs,))
     data = {key: _OneBatch(dataset.batched(1).with_sizes()) for key, dataset in run.data.items()}
-    return _make_event(event, run.replace(data=data), measured)
+    return _make_event(event, state, run.replace(data=data), measured)
 
 
-def _make_event(event: type[Event], run: Run, measured: _Measurements) -> Event:
+def _make_event(event: type[Event], state: TrainState, run: Run, measured: _Measurements) -> Event:
     if event is not AfterUpdate:
         return event(run=run)
     size = run.effective_batch_size
@@ -254,6 +255,7 @@ def _make_event(event: type[Event], run: Run, measured: _Measurements) -> Event:
         lr=FrozenDict(default=0.0),
         weight_decay=FrozenDict(default=0.0),
         grad_norm=torch.zeros(()),
+        gradients=FrozenDict({name: param.new_zeros(()).expand(param.shape) for name, param in state.params.items()}),
         duration_s=1.0,
     )
 

@@ -21,12 +21,12 @@ from noether.core.tensors.live.optimizer import (
 )
 from noether.core.tensors.tree import FrozenDict
 from noether.session.errors import SessionError
-from noether.session.optimizer_watch import MEASURES, OptimizerWatch, all_finite
+from noether.session.optimizer_watch import MEASURED, OptimizerWatch, all_finite
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
-    from torch import Tensor, nn
+    from torch import nn
     from torch.optim import Optimizer
 
     from noether.core.tensors.live.optimizer import Optimizers
@@ -96,12 +96,12 @@ class TorchOptimizer:
         (1, {'default': 0.25}, 0.5, tensor(True))
     """
 
-    measures: frozenset[str] = frozenset(MEASURES)
+    measures: frozenset[str] = MEASURED
 
     def __init__(self, model: nn.Module, optimizer: Optimizers) -> None:
         refuse_foreign_parameters(model, optimizer, SessionError)
         self._model, self._optimizer = model, optimizer
-        self._watches = [OptimizerWatch(each, name) for name, each in by_name(optimizer).items()]
+        self._watches = [OptimizerWatch(each, model, name) for name, each in by_name(optimizer).items()]
         self.opt_state: Mapping[str, Any] = view_optimizer(model, optimizer)
 
     @property
@@ -152,6 +152,17 @@ class TorchOptimizer:
         for each in self._watches:
             each.watch(readings)
 
+    def measure(self, optimizer: Optimizer | None = None, scale: float | None = None) -> None:
+        """Take the readings of the current gradients, in place of those that the next step sees.
+
+        Args:
+            optimizer: The optimizer; by default all of them.
+            scale: What the gradients are multiplied by; None if it is 1.
+        """
+        for each in self._watches:
+            if optimizer is None or each.optimizer.param_groups is optimizer.param_groups:  # a wrapper shares these
+                each.measure(scale)
+
     def gradients_are_finite(self) -> bool | None:
         """Return whether the current gradients are finite; None without gradients."""
         gradients = [gradient for each in self._watches for gradient in each.gradients]
@@ -168,12 +179,15 @@ class TorchOptimizer:
             each.release()
 
 
-def _merge(measured: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _merge(measured: list[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the readings of all gradients together from those of each optimizer that made a step."""
     if len(measured) <= 1:
         return dict(*measured)
-    together: dict[str, Tensor] = {}
+    together: dict[str, Any] = {}
     for key in measured[0]:
+        if key == "gradients":
+            together[key] = FrozenDict({name: grad for each in measured for name, grad in each[key].items()})
+            continue
         values = torch.stack([each[key].to(measured[0][key].device) for each in measured])
         together[key] = values.all() if key == "finite" else torch.linalg.vector_norm(values)
     return together

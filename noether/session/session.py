@@ -162,7 +162,7 @@ class Session(SessionUpdates):
         scale = None if scaler is None else ScalerMemory(scaler)
         reducer = compose(*(each for each in (memory, scale) if each is not None), *members)
         settings.check_data(leaves_of(reducer), run)
-        settings.check_optimizer(leaves_of(reducer), watched)
+        settings.check_optimizer(reducer, watched)
         interpret = settings.interpreter_of_rank(interpreter, directory, ranks.rank)
         settings.check_handlers(reducer.members, interpret)
         super().__init__(

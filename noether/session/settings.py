@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from noether.core.callback import label_of
+from noether.core.callback import declaration_of, label_of, leaves_of, parts_of
 from noether.core.callbacks.lr_on_plateau import ReduceLROnPlateauCallback
 from noether.core.errors import check_whole, raise_problems, suggest
 from noether.core.iteration import TrainingIteration
@@ -307,19 +307,21 @@ def check_data(members: tuple[Callback, ...], run: Run) -> None:
             )
 
 
-def check_optimizer(members: tuple[Callback, ...], optimizer: LiveOptimizer | None) -> None:
+def check_optimizer(callbacks: Callback, optimizer: LiveOptimizer | None) -> None:
     """Refuse callbacks that need an optimizer, or readings that it cannot measure.
 
     Raises:
         SessionError: If one does.
     """
-    for member in members:
+    for member in leaves_of(callbacks):
         if optimizer is None and isinstance(member, ReduceLROnPlateauCallback):
             raise SessionError(f"{label_of(member)} scales the learning rate of the optimizer: pass optimizer=")
-        reads = "grad_norm" in getattr(member, "readings", ())
-        if reads and (optimizer is None or "grad_norm" not in optimizer.measures):
-            fix = "pass optimizer=" if optimizer is None else "drop the callback"
-            raise SessionError(f"{label_of(member)} reads grad_norm, which this loop does not measure: {fix}")
+    measured = frozenset() if optimizer is None else optimizer.measures
+    for part in parts_of(callbacks):
+        for name in ("grad_norm", "gradients"):
+            if name in declaration_of(part).readings and name not in measured:
+                fix = "pass optimizer=" if optimizer is None else "drop the callback"
+                raise SessionError(f"{label_of(part)} reads {name}, which this loop does not measure: {fix}")
 
 
 def check_scheduler_is_given(optimizer: Any, scheduler: Any, directory: Any) -> None:

@@ -18,12 +18,14 @@ from noether.session.hidden_state import ModelWatch
 from noether.session.lengths import Contradiction
 from noether.session.loader import warn
 from noether.session.losses import MicroBatch, is_finite, mean_losses, named_losses
-from noether.session.optimizers import is_skipped
+from noether.session.optimizer_watch import MEASURED
+from noether.session.optimizers import TorchOptimizer, is_skipped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
+    from torch.optim import Optimizer
 
     from noether.session.loop import BatchLoop
     from noether.session.losses import Losses, ReportedLosses
@@ -86,6 +88,43 @@ class SessionUpdates(SessionEvents):
         if self.listens_to_micro_batches:
             self._dispatch_micro_batch(micro_batch, of)
 
+    def measure_gradients(self, optimizer: Optimizer | None = None, *, scale: float | None = None) -> None:
+        """Take `grad_norm` and `gradients` of the update now, where a callback reads them: before the loop clips.
+
+        Without this call, which goes between `backward` and clipping, they are those with which the optimizer steps.
+
+        Args:
+            optimizer: The optimizer whose gradients are complete; by default all of the session.
+            scale: What a gradient scaler multiplied the gradients by, if they are not unscaled yet.
+
+        Raises:
+            SessionError: If the session has no optimizer of `torch.optim`.
+
+        Example:
+            >>> import torch
+            >>> from noether import AfterUpdate, Session, callback
+            >>> @callback("show", readings=("gradients",))
+            ... def show(state, event):
+            ...     if isinstance(event, AfterUpdate):
+            ...         print(event.gradients)
+            ...     return state, ()
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> session = Session(show, interpreter=lambda *_: None, model=model, optimizer=sgd, max_updates=1)
+            >>> for batch in session.batches([torch.full((4, 1), 8.0)]):
+            ...     loss = model(batch).mean()
+            ...     loss.backward()
+            ...     session.measure_gradients()
+            ...     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            ...     sgd.step()
+            ...     session.update(loss)
+            FrozenDict({'weight': tensor([[8.]])})
+        """
+        if not isinstance(self._optimizer, TorchOptimizer):
+            raise SessionError("the session has no optimizer whose gradients it can read: pass optimizer=")
+        if MEASURED & self.readings:
+            self._optimizer.measure(optimizer, scale)
+
     def _dispatch_micro_batch(self, micro_batch: MicroBatch, of: int) -> None:
         """Dispatch `AfterAccumulationStep` with the samples and losses of all ranks, unless there are none."""
         samples, losses, time_s = micro_batch.samples, micro_batch.losses, self._clock.wall_s()
@@ -134,7 +173,7 @@ class SessionUpdates(SessionEvents):
                 step, and the scaler lowered its scale or the gradients are not finite.
             mean: Losses of the update, in place of the sample-weighted mean over its micro-batches.
             grad_norm: 2-norm of the gradients, such as `clip_grad_norm_` returns; by default that of the gradients as
-                the optimizer steps, if a callback reads it.
+                the optimizer steps, or at `measure_gradients`, if a callback reads it.
             finite: Whether losses and gradients are finite; by default checked if a callback reads it.
             forward_s: Seconds in forward passes, if the loop measured them.
             backward_s: Seconds in backward passes, likewise.
@@ -176,6 +215,8 @@ class SessionUpdates(SessionEvents):
         known["samples"] = sum([each.samples for each in counted])
         if self.ranks.are_several:
             known |= self._reduce_update(counted, known, None if mean is None else reported)
+        if known["skipped"]:
+            known["gradients"] = None
         if not known["samples"]:
             self._warn_of_empty_update()
         state = self._state.advance(samples=known["samples"], epoch_batches=self._epoch_batches)

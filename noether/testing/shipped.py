@@ -65,7 +65,7 @@ SETTINGS: Final[dict[str, list[dict[str, Any]]]] = {
         {"keys": ("drift",)},
         {"patterns": ("shap", "scal"), "reduce": "last", "save_output": True},
     ],
-    "HistogramCallback": [{"bins": 4}],
+    "HistogramCallback": [{"bins": 4}, {"bins": 4, "of": ("gradients", "momentum")}],
     "PredictionsCallback": [{"dataset_key": "val", "figure": compare, "weights": "ema=0.5"}],
     "OnlineLossCallback": [{"nan": "log"}],
     "EvaluateCallback": [{"dataset_key": "val", "measures": ("loss", error)}],
@@ -90,7 +90,10 @@ SETTINGS: Final[dict[str, list[dict[str, Any]]]] = {
     ],
     "FixedUpdateEarlyStopping": [{"stop_at_update": 8}],
 }
-"""Settings without the interval, one entry for each example; a callback stands after those whose metrics it reads."""
+"""Settings without the interval, one entry for each example; a callback stands after those whose metrics it reads.
+
+Those that read gradients are left out where the interval counts epochs, which have none.
+"""
 _SOONER: Final[dict[str, dict[str, Any]]] = {
     "MetricEarlyStopping": {"tolerance": 2},
     "FixedUpdateEarlyStopping": {"stop_at_update": 4},
@@ -109,8 +112,9 @@ def examples_of(name: str, interval: str, n: int, *, at_end: bool = False, **cha
     if name not in SETTINGS:
         raise LookupError(f"add settings for {name} to SETTINGS in noether/testing/shipped.py")
     kind = SHIPPED[name].load()
+    chosen = [each for each in SETTINGS[name] if interval != "every_n_epochs" or "gradients" not in each.get("of", ())]
     when = {interval: n, "at_end": at_end} if issubclass(kind, PeriodicCallback) else {}
-    return [kind(**{**settings, **when, **changes}) for settings in SETTINGS[name]]
+    return [kind(**{**settings, **when, **changes}) for settings in chosen]
 
 
 def all_examples(interval: str, n: int, *, at_end: bool = False) -> list[Callback]:

@@ -19,6 +19,7 @@ from noether.core.event import (
 )
 from noether.core.loop import Move, next_move
 from noether.core.reducer import compose
+from noether.core.tensors.tree import FrozenDict
 from noether.testing.models import TracedModel
 
 if TYPE_CHECKING:
@@ -262,7 +263,7 @@ def _update(state: TrainState, trace: Trace, dispatch: Dispatch) -> TrainState:
     event = trace.event(
         AfterUpdate, time_s=_time_s(state, trace) + 1, samples=sum(sizes), outputs=outputs, accumulated=sizes,
         lr=model.learning_rates(state), weight_decay=model.weight_decay,
-        **_measurements(model, reading, sizes), **_durations(reading.duration_s),
+        **_measurements(state, model, reading, sizes), **_durations(reading.duration_s),
     )  # fmt: skip
     if not event.skipped:
         state = model.step(state, _mean(reading, sizes))
@@ -272,13 +273,21 @@ def _update(state: TrainState, trace: Trace, dispatch: Dispatch) -> TrainState:
     return dispatch(state, event)
 
 
-def _measurements(model: TracedModel, reading: Reading, sizes: tuple[int, ...]) -> dict[str, Any]:
+def _measurements(state: TrainState, model: TracedModel, reading: Reading, sizes: tuple[int, ...]) -> dict[str, Any]:
     if not sizes:
         return {"skipped": True}
     loss = _mean(reading, sizes)
     finite = torch.tensor(math.isfinite(loss) and not reading.skipped)
     grad_norm = torch.tensor(math.inf if reading.skipped and math.isfinite(loss) else abs(loss))
-    return {"losses": model.losses_of(loss), "grad_norm": grad_norm, "finite": finite, "skipped": reading.skipped}
+    trained = {name: param for name, param in state.params.items() if name not in model.frozen}
+    gradients = FrozenDict({name: torch.full_like(param, loss) for name, param in trained.items()})
+    return {
+        "losses": model.losses_of(loss),
+        "grad_norm": grad_norm,
+        "gradients": None if reading.skipped else gradients,
+        "finite": finite,
+        "skipped": reading.skipped,
+    }
 
 
 def _mean(reading: Reading, sizes: tuple[int, ...]) -> float:

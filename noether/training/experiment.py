@@ -178,6 +178,7 @@ def build(
             clip_grad_value=config.trainer.clip_grad_value,
             nonfinite=config.trainer.nonfinite,
             grad_norm="grad_norm" in reducer.readings,
+            gradients="gradients" in reducer.readings,
             finite="finite" in reducer.readings,
             rank=ranks.rank,
             elapsed_s=time.perf_counter if _TIME_READINGS & set(reducer.readings) else None,

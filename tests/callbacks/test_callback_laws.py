@@ -55,6 +55,7 @@ def next_update(state, run):
     event = AfterUpdate(
         run=run, samples=size, losses={"total": weight.square(), "aux": float(update)}, outputs=outputs,
         accumulated=(size - 1, 1), lr={"default": 0.1}, weight_decay={"default": 0.0}, grad_norm=weight.abs(),
+        gradients={"w": weight * 2},
         finite=torch.tensor(finite), skipped=update == 3, duration_s=0.5 + update, data_s=0.125, step_s=0.25,
         forward_s=0.125, time_s=7.0,
     )  # fmt: skip

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from noether import AfterEpoch, BeforeTraining, LogHistogram, LogText, TrainState
+from noether import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining, LogHistogram, LogText, Run, TrainState
 from noether.core.callbacks import HistogramCallback
 from noether.core.errors import SettingsError
 
@@ -60,6 +60,60 @@ def test_a_pattern_that_no_param_has_is_refused_before_training():
     callback = HistogramCallback(every_n_epochs=1, patterns=("wieght",))
     with pytest.raises(SettingsError, match="no param has a name like 'wieght'; did you mean 'weight'"):
         callback(TrainState.from_module(torch.nn.Linear(2, 1)), BeforeTraining())
+
+
+def update(callback, model, **readings):
+    state = TrainState.from_module(model).advance(samples=4)
+    return callback(state, AfterUpdate(samples=4, **readings))[1]
+
+
+def test_gradients_of_the_chosen_params_are_counted_beside_the_weights():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    callback = HistogramCallback(every_n_updates=1, patterns=("*.weight",), of=("gradients", "weights"), bins=2)
+    assert callback.readings == ("gradients",)
+    gradients = {"0.weight": torch.tensor([[0.0, 1.0, math.nan]]), "0.bias": torch.ones(3)}
+    first, *weights = update(callback, model, gradients=gradients)
+    assert (first.key, first.counts.tolist(), first.nan) == ("gradients/0.weight", [1, 1], 1)
+    assert [each.key for each in weights] == ["weights/0.weight", "weights/1.weight"]
+
+
+@pytest.mark.parametrize(
+    ("readings", "reason"),
+    [
+        ({"skipped": True}, "the update was skipped, so it has no gradients"),
+        ({"gradients": {}}, "these params have no gradients"),
+    ],
+    ids=["skipped", "unused"],
+)
+def test_a_firing_without_gradients_says_so(readings, reason):
+    callback = HistogramCallback(every_n_updates=1, of=("gradients",))
+    assert update(callback, torch.nn.Linear(2, 1), **readings) == (LogText(f"{callback.name}: {reason}"),)
+
+
+def test_a_loop_that_passes_no_gradients_is_named():
+    callback = HistogramCallback(every_n_updates=1, of=("weights", "gradients"))
+    with pytest.raises(ValueError, match=r"loop measures no gradients; pass AfterUpdate\(gradients=\.\.\.\)$"):
+        update(callback, torch.nn.Linear(2, 1))
+
+
+def test_the_histograms_at_the_end_are_those_of_the_weights():
+    callback = HistogramCallback(every_n_updates=2, of=("weights", "gradients"), at_end=True)
+    state = TrainState.from_module(torch.nn.Linear(2, 1)).advance(samples=4)
+    effects = callback(state, AfterTraining(run=Run()))[1]
+    assert [each.key for each in effects] == ["weights/weight", "weights/bias"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"every_n_epochs": 1}, "of: gradients belong to an update: give every_n_updates or every_n_samples"),
+        ({"every_n_updates": 1, "at_end": True}, "at_end: after training there are no gradients"),
+    ],
+    ids=["epochs", "end"],
+)
+def test_gradients_without_an_update_are_refused(settings, message):
+    with pytest.raises(SettingsError, match=message):
+        HistogramCallback(of=("gradients",), **settings)
 
 
 @pytest.mark.parametrize("settings", [{"patterns": ()}, {"of": ()}, {"of": ("grads",)}, {"bins": 0}])

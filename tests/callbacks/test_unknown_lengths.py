@@ -40,6 +40,7 @@ def test_a_loop_without_facts_works_or_is_refused_at_its_start(callback, run):
         for _ in range(updates):
             losses = {"total": torch.ones(())}
             readings = {"lr": {"default": 0.1}, "weight_decay": {}, "grad_norm": torch.ones(()), "finite": True}
+            readings["gradients"] = {"weight": torch.ones(2)}
             event = AfterUpdate(run=run, samples=4, losses=losses, duration_s=0.1, **readings)
             state, _ = reducer(state.advance(samples=4), event)
         state, _ = reducer(state.next_epoch(), AfterEpoch(run=run))

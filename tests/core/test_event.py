@@ -49,6 +49,10 @@ FIELDS = {  # (values of the field, values that it cannot have)
     "lr": (MAPPINGS, NO_MAPPINGS),
     "weight_decay": (MAPPINGS, NO_MAPPINGS),
     "grad_norm": ([None, *NUMBERS], NO_NUMBERS),
+    "gradients": (
+        [None, {}, {"weight": torch.ones(2)}, FrozenDict(bias=torch.ones(()))],
+        [torch.ones(2), [torch.ones(2)], {"weight": None}, {"weight": 0.5}, {1: torch.ones(2)}],
+    ),
     "finite": ([None, True, False, torch.tensor(True), np.bool_(True)], ["yes", 1, torch.ones(2), [True]]),
     "skipped": (FLAGS, NO_FLAGS),
     "duration_s": (DURATIONS, [None, *NO_DURATIONS]),
@@ -169,6 +173,6 @@ def test_each_reading_is_a_field_of_an_update_that_may_be_missing():
 
 def test_an_unknown_reading_is_a_problem():
     assert str(check_reading("Clip", "finit")) == (
-        "Clip declares the unknown reading 'finit'; readings: grad_norm, finite, forward_s, backward_s, optimizer_s; "
-        "did you mean 'finite'?"
+        "Clip declares the unknown reading 'finit'; readings: grad_norm, gradients, finite, forward_s, backward_s, "
+        "optimizer_s; did you mean 'finite'?"
     )

@@ -13,6 +13,7 @@ from noether.core.state import TrainState
 from noether.core.tensors.donation import DonatedError
 from noether.testing import same
 from noether.training.step.compiled import CompiledStep
+from noether.training.step.gradients import total_norm
 from noether.training.step.optimizer import FunctionalOptimizer, ParamGroup
 from noether.training.step.step import Step
 from noether.training.value_schedules import Constant, Linear
@@ -119,7 +120,7 @@ def warnings_in(caplog):
 def test_updates_are_those_of_the_step_up_to_the_last_bits(cls, settings, caplog):
     """Both start each update from the same state: over many updates, Adam amplifies rounding errors."""
     torch.compiler.reset()
-    options = {"cls": cls, "settings": settings, "clip_grad_norm": 0.5}
+    options = {"cls": cls, "settings": settings, "clip_grad_norm": 0.5, "gradients": True}
     eager, compiled = make_step(Net(), **options), CompiledStep(make_step(Net(), **options))
     state = initial_state(eager)
     for _ in range(8):
@@ -129,6 +130,9 @@ def test_updates_are_those_of_the_step_up_to_the_last_bits(cls, settings, caplog
         assert distance(event.losses, plain_event.losses) < TOLERANCE
         assert same(event.outputs[0]["scale"], state.params["scale"])  # as it was before the update
         assert distance({"norm": event.grad_norm}, {"norm": plain_event.grad_norm}) < TOLERANCE
+        assert event.gradients.keys() == plain_event.gradients.keys()
+        assert distance(event.gradients, plain_event.gradients) < TOLERANCE
+        torch.testing.assert_close(total_norm(event.gradients), event.grad_norm)  # before clipping
         assert (event.samples, event.accumulated) == (plain_event.samples, plain_event.accumulated)
         assert event.lr == plain_event.lr
         assert bool(event.finite)

@@ -1,4 +1,4 @@
-"""Logs histograms of weights and of the momentum of the optimizer."""
+"""Logs histograms of weights, of gradients, and of the momentum of the optimizer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from noether.core.artifacts import LogHistogram
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogText
 from noether.core.errors import Problem, check_choice, check_whole, raise_problems, suggest
+from noether.core.event import AfterUpdate
 from noether.core.tensors.dtensors import whole_tensor
 from noether.core.tensors.histograms import count_values
 
@@ -22,22 +23,26 @@ if TYPE_CHECKING:
     from noether.core.schedules.gate import Interval
     from noether.core.state import TrainState
 
-_KINDS: Final = ("weights", "momentum")
+_KINDS: Final = ("weights", "gradients", "momentum")
 _MOMENTUM: Final = ("exp_avg", "momentum_buffer", "momentum")  # names in optimizers of torch and Keras
 
 
 @final
 class HistogramCallback(PeriodicCallback):
-    """Logs a histogram of each chosen param, and of the momentum that the optimizer keeps for it.
+    """Logs a histogram of each chosen param, of its gradient, and of the momentum that the optimizer keeps for it.
 
-    The keys are `weights/{param}` and `momentum/{param}`. Momentum is the running mean of the gradients, `exp_avg` of
-    Adam or `momentum_buffer` of SGD; a firing says so if there is none. Gradients of single updates are not available
-    to callbacks, so that no update becomes slower; a firing reads each chosen tensor twice. Values that are not finite
-    are counted apart. Params of a sharded state are gathered, one after the other.
+    The keys are `weights/{param}`, `gradients/{param}` and `momentum/{param}`. Weights are those after the update.
+    Gradients are those of the update at which it fires, before clipping; for them, the loop copies all gradients at
+    each update. Momentum is the running mean of the gradients, `exp_avg` of Adam or `momentum_buffer` of SGD, which is
+    also known at the end of an epoch. Values that are not finite are counted apart. Without a gradient, as in an update
+    that was skipped, or without momentum, a firing says so.
+
+    A firing reads each chosen tensor twice. Params of a sharded state are gathered, one after the other.
 
     Args:
         patterns: Names of params, in which `*` stands for any text, such as `head.*`.
-        of: `weights`, `momentum` or both.
+        of: One or more of `weights`, `gradients` and `momentum`. Gradients need an interval of updates or samples, and
+            have no histogram that `at_end` logs.
         bins: Number of bins, all of one width between the least and the largest finite value.
         every_n_epochs: Epochs between firings, >= 1.
         every_n_updates: Updates between firings, >= 1.
@@ -45,12 +50,13 @@ class HistogramCallback(PeriodicCallback):
 
     Raises:
         SettingsError: If a setting is out of range; before training, if no param has a name like one of `patterns`.
+        ValueError: If the loop does not pass the gradients.
 
     ```yaml
     - kind: noether.core.callbacks.HistogramCallback
-      every_n_epochs: 5
+      every_n_updates: 500
       patterns: ["head.*"]
-      of: [weights, momentum]
+      of: [weights, gradients]
     ```
 
     Example:
@@ -63,16 +69,25 @@ class HistogramCallback(PeriodicCallback):
     """
 
     patterns: tuple[str, ...] = ("*",)
-    of: tuple[Literal["weights", "momentum"], ...] = ("weights",)
+    of: tuple[Literal["weights", "gradients", "momentum"], ...] = ("weights",)
     bins: int = 64
 
     def problems(self) -> Iterator[Problem | None]:
         """Yield the problems of the settings."""
         yield from super().problems()
         yield None if self.patterns else Problem("patterns", "no params are chosen; write ['*'] for all")
-        yield None if self.of else Problem("of", f"nothing is chosen; give one or both of {', '.join(_KINDS)}")
+        yield None if self.of else Problem("of", f"nothing is chosen; give one or more of {', '.join(_KINDS)}")
         yield from (check_choice("of", kind, _KINDS) for kind in self.of)
+        if "gradients" in self.of and self.every_n_epochs is not None:
+            yield Problem("of", "gradients belong to an update: give every_n_updates or every_n_samples")
+        if set(self.of) == {"gradients"} and self.at_end:
+            yield Problem("at_end", "after training there are no gradients: leave it out, or add weights to of")
         yield check_whole("bins", self.bins)
+
+    @property
+    def readings(self) -> tuple[str, ...]:
+        """The gradients, if it logs them."""
+        return ("gradients",) if "gradients" in self.of else ()
 
     @property
     def produces(self) -> tuple[str, ...]:
@@ -93,25 +108,46 @@ class HistogramCallback(PeriodicCallback):
         return state, ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Log the histograms; say so if the optimizer keeps no momentum."""
-        histograms = tuple(self._histogram(key, tensor) for key, tensor in self._choose(state).items())
-        if "momentum" in self.of and not any(each.key.startswith("momentum/") for each in histograms):
-            fix = "write of: [weights], or use an optimizer that has one, such as torch.optim.AdamW"
-            return state, (*histograms, LogText(f"{self.name}: the optimizer keeps no momentum of these params; {fix}"))
-        return state, histograms
+        """Log the histograms; say so if there are no gradients or no momentum."""
+        effects: list[LogHistogram | LogText] = []
+        for kind in self.of:
+            chosen = self._choose(self._tensors(kind, state, event))
+            effects += [self._histogram(f"{kind}/{name}", tensor) for name, tensor in chosen.items()]
+            if not chosen and (reason := _explain_absence(kind, event)):
+                effects.append(LogText(f"{self.name}: {reason}"))
+        return state, tuple(effects)
 
-    def _choose(self, state: TrainState) -> dict[str, torch.Tensor]:
-        sources = {"weights": state.params, "momentum": _momentum_by_name(state.opt_state)}
+    def _tensors(self, kind: str, state: TrainState, event: Event) -> Mapping[str, torch.Tensor]:
+        if kind == "weights":
+            return state.params
+        if kind == "momentum":
+            return _momentum_by_name(state.opt_state)
+        if not isinstance(event, AfterUpdate) or event.skipped:
+            return {}
+        if event.gradients is None:
+            raise ValueError(f"{self.name}: the loop measures no gradients; pass AfterUpdate(gradients=...)")
+        return event.gradients
+
+    def _choose(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {
-            f"{kind}/{name}": tensor
-            for kind in self.of
-            for name, tensor in sources[kind].items()
+            name: tensor
+            for name, tensor in tensors.items()
             if any(fnmatchcase(name, pattern) for pattern in self.patterns)
         }
 
     def _histogram(self, key: str, tensor: torch.Tensor) -> LogHistogram:
         counted = count_values(whole_tensor(tensor.detach()), self.bins)
         return LogHistogram(key, counts=counted.counts, edges=counted.edges, nan=counted.nan, infinite=counted.infinite)
+
+
+def _explain_absence(kind: str, event: Event) -> str | None:
+    """Return why there is no tensor of a kind; None after training, where there are no gradients."""
+    if kind == "momentum":
+        fix = "leave momentum out of `of`, or use an optimizer that has one, such as torch.optim.AdamW"
+        return f"the optimizer keeps no momentum of these params; {fix}"
+    if not isinstance(event, AfterUpdate):
+        return None
+    return "the update was skipped, so it has no gradients" if event.skipped else "these params have no gradients"
 
 
 def _momentum_by_name(opt_state: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ report its losses, the callback refuses the first update.
 | `on_train_begin` | `BeforeTraining`, then a missing `AfterEpoch` | `resumed` after `resume_from_checkpoint` |
 | `training_step` starts | | ends the wait for data |
 | `training_step`, after backward | `AfterAccumulationStep`, if a callback handles it | losses, outputs, samples; before the optimizer steps |
-| `on_step_end` | `AfterUpdate` | losses, outputs, samples, learning rates of the step, `grad_norm` before clipping if a callback reads it |
+| `on_step_end` | `AfterUpdate` | losses, outputs, samples, learning rates of the step, `grad_norm` and `gradients` before clipping if a callback reads them |
 | the same, if a gradient scaler skipped the step | `AfterUpdate(skipped=True)` | |
 | `on_epoch_end` | `AfterEpoch` | if all updates of the epoch are counted |
 | `on_save`, `resume_from_checkpoint` | `state_dict`, `load_state_dict` | in the checkpoints of transformers, as `noether.safetensors` |
@@ -27,7 +27,8 @@ Differences from noether's trainer:
   an update it is the sum of the shares of its micro-batches. If the loss is a mean over each micro-batch, transformers
   divides by their number and not by their samples: the sum is their plain mean, including a short last one.
 - If transformers stops for another reason, the run has not ended: it can resume, and `AfterTraining` is not dispatched.
-- With `fp16` the gradient scaler is accelerate's; noether's checkpoints hold its scale, and `grad_norm` is unscaled.
+- With `fp16` the gradient scaler is accelerate's; noether's checkpoints hold its scale, and `grad_norm` and `gradients` are
+  unscaled.
 - The learning rate is the scheduler's times `hyperparams["lr_scale"]`; transformers logs the scheduler's.
 - transformers ends a run by `max_steps`, so `run.end` is a number of updates.
 - An evaluation by the trainer (`eval_strategy`) dispatches no event. Callbacks evaluate `Run(data={...})` with the loss
@@ -37,7 +38,7 @@ Differences from noether's trainer:
   after it has read the batches of the next update, so there a dataset that draws random numbers itself draws others.
 - On several processes all is as in `Session`: samples are summed, including those that accelerate repeats at the end of an
   epoch, and the loss of an update is the plain mean over processes, as transformers averages the gradients.
-- With a gradient scaler, `grad_norm` is that of scaled gradients. `forward_s`, `backward_s`, `optimizer_s` are missing.
+- `forward_s`, `backward_s` and `optimizer_s` are missing.
 - Models sharded by FSDP or DeepSpeed are not supported, because no process has the whole model; nor is a hyperparameter
   search, whose trials save elsewhere.
 """  # noqa: E501  # a table

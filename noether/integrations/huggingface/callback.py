@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback, TrainerState
 
 from noether.core.errors import NoetherError
@@ -97,7 +96,6 @@ class NoetherCallback(TrainerCallback):
         self._model: Any = None
         self._scaler: Any = None
         self._parts: list[Tensor] = []
-        self._grad_norm: Tensor | None = None
 
     @property
     def session(self) -> Session:
@@ -131,9 +129,8 @@ class NoetherCallback(TrainerCallback):
             samples=samples,
             of=of,
         )
-        if len(self._parts) == of and "grad_norm" in session.readings:
-            norm = get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None])
-            self._grad_norm = norm if self._scaler is None else norm / self._scaler.get_scale()
+        if len(self._parts) == of:
+            session.measure_gradients(scale=None if self._scaler is None else self._scaler.get_scale())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -146,7 +143,7 @@ class NoetherCallback(TrainerCallback):
         """
         self._model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._scaler = getattr(optimizer, "scaler", None)  # of accelerate, with fp16
-        self._parts, self._grad_norm = [], None
+        self._parts = []
         self._session = session = self._make_session(
             run=_fill_run(self._run, self._model, args, state, kwargs["train_dataloader"]),
             model=self._model,
@@ -186,8 +183,8 @@ class NoetherCallback(TrainerCallback):
     ) -> TrainerControl:
         """Report an update."""
         session, total = self.session, sum(self._parts[1:], start=self._parts[0])
-        session.update(mean=total, skipped=not session.steps, grad_norm=self._grad_norm)
-        self._parts, self._grad_norm = [], None
+        session.update(mean=total, skipped=not session.steps)
+        self._parts = []
         return self._apply_stop(control)
 
     def on_epoch_end(

@@ -37,7 +37,7 @@ Differences from noether's trainer:
 - Files that Keras saves (`model.save`, `BackupAndRestore`) contain weights and optimizer. `callback.session.state_dict()`
   contains the rest of the run; pass it to a new callback as `remembered=`.
 - An update that a `LossScaleOptimizer` skips counts as any other. Keras does not show gradients: callbacks that
-  read `grad_norm` are refused, and `finite` is that of the loss.
+  read `grad_norm` or `gradients` are refused, and `finite` is that of the loss.
 - A model whose `train_step` steps several optimizers, such as `self.g_optimizer` and `self.d_optimizer`, is saved with
   each under the name of its attribute; a batch is one update, and calls `self.compute_loss` once.
 - A model with `jit_compile=True` is refused, because no callback can run inside of a compiled step.

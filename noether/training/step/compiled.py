@@ -94,7 +94,8 @@ class CompiledStep:
             state = model_tensors.donate_to(state, fields)
         else:
             state = state.replace(params=params, opt_state=opt_state, **fields)
-        readings = {"grad_norm": result.grad_norm, "finite": result.finite}
+        gradients = None if result.gradients is None else FrozenDict(result.gradients)
+        readings = {"grad_norm": result.grad_norm, "gradients": gradients, "finite": result.finite}
         return state, make_event(FrozenDict(result.losses), result.outputs, samples, settings, **readings)
 
     def _find_update(self, state: TrainState, *, observed: bool) -> CompiledUpdate | None:

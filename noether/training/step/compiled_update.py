@@ -12,6 +12,7 @@ from torch.func import functional_call, grad_and_value
 
 from noether.core.tensors.batch import model_arguments
 from noether.core.tensors.containers import map_tensors
+from noether.core.tensors.gradients import copy_gradients
 from noether.core.tensors.losses import read_losses
 from noether.core.tensors.means import Mean
 from noether.core.tensors.torch_internals import (
@@ -52,6 +53,7 @@ class UpdateResult(NamedTuple):
     outputs: tuple[Any, ...]
     buffers: Mapping[str, Tensor]
     grad_norm: Tensor | None
+    gradients: Mapping[str, Tensor] | None
     finite: Tensor
 
 
@@ -162,6 +164,7 @@ class CompiledUpdate:
             add_terms(losses, {name: loss if weight == 1 else loss * weight for name, loss in part.losses.items()})
             outputs.append(part.outputs)
             buffers = part.buffers
+        copies = copy_gradients(grads) if self._step.gradients else None
         grads, grad_norm = self._step.clip(grads, traceable_total_norm)
         for rate, (settings, names) in zip(lr, self._groups.values(), strict=True):
             kernels.write_traceable(
@@ -172,7 +175,7 @@ class CompiledUpdate:
                 [memory.get(name, {}) for name in names],
             )
         total = losses["total"]
-        return UpdateResult(losses, tuple(outputs), buffers, grad_norm, total - total == 0)
+        return UpdateResult(losses, tuple(outputs), buffers, grad_norm, copies, total - total == 0)
 
     def _run_backward(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], call: _Call, weight: float

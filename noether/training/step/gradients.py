@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from noether.core.tensors.gradients import dense_values
 from noether.core.tensors.losses import name_of
 from noether.core.tensors.torch_internals import run_backward, write_counts
 
@@ -54,11 +55,6 @@ def compute_gradients(loss: Tensor, leaves: Sequence[Tensor], *, keep_graph: boo
     if True in [grad is not None and grad.requires_grad for grad in grads]:
         return [None if grad is None else grad.detach() for grad in grads]
     return grads
-
-
-def dense_values(grad: Tensor) -> Tensor:
-    """Return the values that a gradient stores; torch has no norms of sparse tensors."""
-    return grad.coalesce().values() if grad.is_sparse else grad
 
 
 def total_norm(grads: Mapping[str, Tensor | None]) -> Tensor:

@@ -17,8 +17,9 @@ from noether.core.tensors.calls import call_model, compute_losses
 from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.dtensors import total_norm
 from noether.core.tensors.fully_sharded import is_fully_sharded
+from noether.core.tensors.gradients import copy_gradients
 from noether.core.tensors.losses import detach_losses, loss_weights, name_of
-from noether.core.tensors.module import device_of
+from noether.core.tensors.module import device_of, named_parameters
 from noether.core.tensors.tree import FrozenDict
 from noether.distributed.ranks import ONE_PROCESS, Ranks
 from noether.session.hidden_state import generators_of_model
@@ -64,6 +65,7 @@ class PreparedStep:
         precision: Autocast dtype of forward pass and loss, or None.
         clip_grad_norm: Largest 2-norm of all gradients together, or None.
         grad_norm: Whether to measure the 2-norm of the gradients even if `clip_grad_norm` is None.
+        gradients: Whether the event has a copy of the gradients.
         batch_size: `batch -> number of samples`.
 
     Raises:
@@ -88,6 +90,7 @@ class PreparedStep:
     precision: torch.dtype | None = None
     clip_grad_norm: float | None = None
     grad_norm: bool = False
+    gradients: bool = False
     batch_size: Callable[[Any], int] = batch_size
 
     def __post_init__(self) -> None:
@@ -127,6 +130,7 @@ class PreparedStep:
         except BaseException:  # the state that the caller has views the module
             self._live.write_changes(before, self._live.view_before_update(before))
             raise
+        copies = self._copy_gradients() if self.gradients else None
         norm = self._clip()
         for name, group in zip(name_groups(self.optimizer.param_groups), self.optimizer.param_groups, strict=True):
             if self.lr:
@@ -140,6 +144,7 @@ class PreparedStep:
             outputs=tuple(outputs),
             accumulated=tuple(samples),
             grad_norm=norm,
+            gradients=copies,
             **rates,
         )
         return state, event
@@ -209,6 +214,10 @@ class PreparedStep:
         means = {name: (value, float(samples)) for name, value in losses.items()}
         reduced = self.ranks.control.reduce("losses of an update", means=means)
         return FrozenDict({name: torch.tensor(reduced[name]) for name in losses})
+
+    def _copy_gradients(self) -> FrozenDict:
+        parameters = named_parameters(self.model)
+        return FrozenDict(copy_gradients({name: parameter.grad for name, parameter in parameters.items()}))
 
     def _clip(self) -> Tensor | None:
         if self.clip_grad_norm is None and not self.grad_norm:

@@ -14,6 +14,7 @@ from noether.core.event import AfterAccumulationStep
 from noether.core.tensors.batch import batch_size
 from noether.core.tensors.calls import call_model, compute_losses
 from noether.core.tensors.containers import map_tensors
+from noether.core.tensors.gradients import copy_gradients
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
 from noether.core.tensors.live.buffers import BufferPlaces
 from noether.core.tensors.live.extra_state import read_extra_state, set_extra_state
@@ -86,6 +87,7 @@ class Step:
         nonfinite: Reaction to a loss or gradient that is not finite. `apply` makes the update and does not check the
             gradients; `skip` and `raise` check loss and gradients before the update, and wait for the device.
         grad_norm: Whether to measure the 2-norm of the gradients even if `clip_grad_norm` is None.
+        gradients: Whether the event has a copy of the gradients.
         finite: Whether to check that the loss is finite even if `nonfinite` is `apply`.
         rank: Index of this process.
         elapsed_s: Clock for the seconds of forward, backward and optimizer; None leaves them out. An accelerator
@@ -127,6 +129,7 @@ class Step:
     clip_grad_value: float | None = None
     nonfinite: Nonfinite = "apply"
     grad_norm: bool = False
+    gradients: bool = False
     finite: bool = True
     rank: int = 0
     elapsed_s: Callable[[], float] | None = None
@@ -350,6 +353,7 @@ class Step:
                 f"update {state.iteration.update + 1}: {describe_nonfinite(result.losses, grads)}; nothing was "
                 "applied. Lower the learning rate, clip gradients, or skip such updates with trainer.nonfinite: skip"
             )
+        copies = self._copy_gradients(grads) if self.gradients and not skipped else None
         grads, grad_norm = self.clip(grads, total_norm if self.sharding is None else self.sharding.total_norm)
         settings = self.settings_for(state)
         if not skipped:
@@ -359,9 +363,8 @@ class Step:
         if self.loss_scaling is not None:
             state = self.loss_scaling.advance(state, finite=not skipped or bool(self._all_finite(result.grads)))
         seconds = {} if times is None else times.stop("optimizer_s")
-        return state, make_event(
-            result.losses, outputs, samples, settings, grad_norm=grad_norm, finite=finite, skipped=skipped, **seconds
-        )
+        readings = {"grad_norm": grad_norm, "gradients": copies, "finite": finite, "skipped": skipped, **seconds}
+        return state, make_event(result.losses, outputs, samples, settings, **readings)
 
     def _apply_gradients(
         self, state: TrainState, grads: Grads, settings: Settings, buffers: Mapping[str, FrozenDict]
@@ -370,6 +373,13 @@ class Step:
         if self.sharding is not None:
             return apply_to_shards(state, grads, settings, buffers, sharding=self.sharding, **how)
         return apply_gradients(state, grads, settings, buffers, model=self.model, **how)
+
+    def _copy_gradients(self, grads: Grads) -> FrozenDict:
+        """Return the gradients as the event has them; those of shards as DTensors."""
+        copies = copy_gradients(grads)
+        return FrozenDict(
+            copies if self.sharding is None else {name: self.sharding.wrap(name, each) for name, each in copies.items()}
+        )
 
     def _all_finite(self, grads: Grads) -> Tensor | bool:
         return all_finite(grads) if self.sharding is None else self.sharding.all_finite(grads)
