@@ -95,7 +95,8 @@ class BottomRows:
         return f"{' ' * self._size()[0]}\r\x1b[K"
 
     def _write(self, text: str) -> None:
-        self._file.write(text)
+        encoding = getattr(self._file, "encoding", None) or "utf-8"
+        self._file.write(text.encode(encoding, "replace").decode(encoding))  # names may have any characters
         self._file.flush()
 
 

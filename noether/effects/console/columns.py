@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 GAP: Final = "    "
 SIDE_METRICS: Final = ("optim/", "train_time/", "memory/", "lossdiff/")
 """Beginnings of the names of metrics about training itself, which come last."""
-_LABEL_WIDTH: Final = 18
+LABEL_WIDTH: Final = 18
 _VALUE_WIDTH: Final = 12  # of the longest number: -1.2345e-100
 
 
@@ -47,9 +47,15 @@ def format_columns(metrics: Mapping[str, Any], width: int) -> list[str]:
     return [GAP.join(row).rstrip() for row in zip_longest(*by_column, fillvalue="")]
 
 
-def add_label(state: TrainState, lines: Sequence[str]) -> str:
-    """Return lines as one text; the first begins with the counters, the others are indented as far."""
-    label = f"{state.iteration!s:<{_LABEL_WIDTH}} "
+def add_label(state: TrainState, lines: Sequence[str], width: int = LABEL_WIDTH) -> str:
+    """Return lines as one text; the first begins with the counters, the others are indented as far.
+
+    Args:
+        state: The state with the counters.
+        lines: The lines.
+        width: Least columns of the counters, so that lines are aligned.
+    """
+    label = f"{state.iteration!s:<{width}} "
     return "\n".join(f"{label if number == 0 else ' ' * len(label)}{line}" for number, line in enumerate(lines))
 
 

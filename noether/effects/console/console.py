@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import math
-import os
 import sys
-import textwrap
 import threading
 import weakref
 from contextlib import contextmanager, suppress
 from functools import partial
 from time import monotonic
-from typing import IO, TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from rich.console import Console as RichConsole
 from rich.text import Text
 
+from noether.core.estimates import known_end
 from noether.core.event import AfterTraining, AfterUpdate, AtEval
 from noether.core.text import escape_controls
 from noether.effects.console.bottom_rows import BottomRows
-from noether.effects.console.columns import add_label, format_line, format_value, repeats_single_loss
+from noether.effects.console.columns import LABEL_WIDTH, add_label, format_line, repeats_single_loss
 from noether.effects.console.live_region import LiveRegion, Looks
 from noether.effects.console.live_view import RunView, TaskView
 from noether.effects.console.notebook import NotebookRows
 from noether.effects.console.other_bars import choose_output, removed_bars
 from noether.effects.console.progress_lines import describe_progress, is_live
 from noether.effects.console.run_panels import command_lines, plain_lines
+from noether.effects.console.scrolling_lines import ChangedMetrics, wrap_texts
+from noether.effects.console.unbuffered import write_unbuffered
 from noether.effects.disk.finalizers import finalize
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Sequence
 
     from rich.console import RenderableType
 
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 _UPDATE_INTERVAL_S: Final = 1.0
 _HEARTBEAT_S: Final = 300.0
 _LIVE_UPDATE_INTERVAL_S: Final = 10.0  # the live display has the newest values
-_INDENT: Final = 19  # the label of an iteration
 _NOTEBOOK_SIZE: Final = (100, 40)
 _Item = TypeVar("_Item")
 
@@ -75,12 +73,13 @@ class Console:
         self._measure = partial(_measure, self._console)  # no reference to this object, for the thread
         self._rows = BottomRows(self._console.file, self._measure)
         self._live = self._make_live()
+        self._changed = None if self._live is None else ChangedMetrics(self.view, self._live.looks)
+        self._label_width = LABEL_WIDTH
         if self._live is not None:
             # Without this, a loop that raises without closing its run would leave the rows on the terminal.
             finalize(self, _stop, self._live)
         self._run: Run | None = None
         self._last_update_s = -math.inf
-        self._last_values: dict[str, str] = {}
         self._timer: threading.Timer | None = None
         self._last_lines: tuple[str, float] | None = None  # text and time; None where no heartbeat is needed
 
@@ -119,6 +118,7 @@ class Console:
             return
         self._run = event.run
         self.view.begin(event.run)
+        self._label_width = max(LABEL_WIDTH, len(str(known_end(self.view.run) or "")))
         if self._live is not None and not isinstance(event, AtEval):
             self._live.start()
 
@@ -151,7 +151,7 @@ class Console:
         if effect.is_progress and self._live is not None and self._live.is_shown:
             return
         text = escape_controls(effect.text.replace("\r\n", "\n"), keep="\n\t")
-        self._write(add_label(state, text.splitlines() or [""]), event)
+        self._write(self._add_label(state, text.splitlines() or [""]), event)
 
     def write_scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write metrics as one line of columns: a handler of `LogScalars`."""
@@ -168,37 +168,20 @@ class Console:
         if is_update:
             self._last_update_s = event.time_s
         if not is_shown:
-            self._write(add_label(state, [format_line(metrics)]), event)
-        elif changed := self._select_changed(metrics):
-            self._write(add_label(state, [self._shorten_line(changed, len(add_label(state, [""])))]), event)
+            self._write(self._add_label(state, [format_line(metrics)]), event)
+        elif self._changed is not None and (
+            line := self._changed.describe(metrics, self._console.width - self._label_width - 2)
+        ):
+            self._write(self._add_label(state, [line]), event)
 
-    def _select_changed(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the metrics that changed since their last line, those of the live display first."""
-        texts = {key: format_value(value) for key, value in metrics.items()}
-        changed = [key for key, text in texts.items() if self._last_values.get(key) != text or self.view.is_shown(key)]
-        self._last_values |= texts
-        changed = [key for key in changed if not key.endswith(("/best", "/best_update"))]
-        return {key: metrics[key] for key in sorted(changed, key=self.view.rank_of)}
-
-    def _shorten_line(self, metrics: Mapping[str, Any], indent: int) -> str:
-        """Return as many metrics as fit into one line of the terminal, and how many more there are."""
-        line, left, room = "", len(metrics), self._console.width - indent - len("   +99 more") - 1
-        for key, value in metrics.items():
-            shown = self.view.metrics.get(key)
-            sign = (
-                f" {self._live.looks.better}" if shown is not None and shown.is_best and self._live is not None else ""
-            )
-            cell = f"{escape_controls(key)} {format_value(value)}{sign}"
-            if line and len(line) + len(cell) + 3 > room:
-                break  # a less important metric that fits does not take its place
-            line, left = f"{line}   {cell}" if line else cell, left - 1
-        return f"{line}   +{left} more" if left else line
+    def _add_label(self, state: TrainState, lines: Sequence[str]) -> str:
+        return add_label(state, lines, self._label_width)
 
     def show_progress(self, effect: ShowProgress, state: TrainState, event: Event) -> None:
         """Show progress on the live display, or as a line where it is due: the handler of `ShowProgress`."""
         if self._live is None:
             if effect.due:
-                self._write(add_label(state, [describe_progress(effect, state)]), event)
+                self._write(self._add_label(state, [describe_progress(effect, state)]), event)
             return
         self._live.raise_error()
         self.view.progress = None if isinstance(event, AfterTraining) else effect
@@ -255,14 +238,16 @@ class Console:
         """Print a text unchanged, without interpreting `[bold]` or `:100:` in logged texts as markup."""
         with self._begun_line():
             output = choose_output(self._console.file)
-            if self._live is not None and self._is_terminal:
-                lines = _wrap_words(lines, self._console.width)
+            if self._live is not None and self._is_terminal:  # the width of a dumb terminal is not known
+                lines = wrap_texts(lines, self._console.width, self._label_width + 1)
             if not self._is_plain and output is self._console.file:
+                encoding = self._console.encoding
+                lines = lines.encode(encoding, "backslashreplace").decode(encoding)
                 self._console.print(lines, markup=False, emoji=False)
                 return
             text = Text(lines)
             text.expand_tabs(self._console.tab_size)
-            _write_text(output, f"{text.plain}\n")
+            write_unbuffered(output, f"{text.plain}\n")
 
     @contextmanager
     def _begun_line(self) -> Iterator[None]:
@@ -306,27 +291,6 @@ def _heartbeat(reference: weakref.ref[Console]) -> None:
         console._repeat_last_lines()  # noqa: SLF001  # the console's own timer
 
 
-def _wrap_words(lines: str, width: int) -> str:
-    """Return lines wrapped at words, and indented as the texts behind the label of an iteration are."""
-    wrapped = []
-    for line in lines.split("\n"):
-        fits = len(line) < width or width <= 2 * _INDENT
-        wrapped += (
-            [line]
-            if fits
-            else textwrap.wrap(
-                line,
-                width - 1,
-                subsequent_indent=" " * _INDENT,
-                break_long_words=False,
-                break_on_hyphens=False,
-                drop_whitespace=True,
-                replace_whitespace=False,
-            )
-        )
-    return "\n".join(wrapped)
-
-
 def _length_of(iterable: Any) -> int | None:
     try:
         return len(iterable)
@@ -341,22 +305,3 @@ def _measure(console: RichConsole) -> tuple[int, int]:
 def _stop(live: LiveRegion) -> None:
     with suppress(OSError, ValueError):  # the terminal is closed
         live.stop()
-
-
-def _write_text(file: IO[str], text: str) -> None:
-    """Write and flush a text.
-
-    The buffers of the standard output get nothing that cannot be written, such as to a closed pipe or a full disk:
-    Python would try again when it exits, and end with an error.
-    """
-    raw = getattr(file.buffer, "raw", file.buffer) if type(file) is io.TextIOWrapper else None
-    if not isinstance(file, io.TextIOWrapper) or not isinstance(raw, io.FileIO):
-        file.write(text)
-        file.flush()
-        return
-    file.flush()  # what others wrote before
-    rest = memoryview(text.encode(file.encoding, "backslashreplace"))
-    while rest:
-        if (size := raw.write(rest)) is None:  # a pipe that does not block
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        rest = rest[size:]

@@ -47,6 +47,11 @@ class Looks:
         """Stands beside a value that is better than all before."""
         return "★" if self.has_signs else "*"
 
+    @property
+    def ellipsis(self) -> str:
+        """Stands for the part of a name that is left out."""
+        return "…" if self.has_signs else "~"
+
     def paint(self, text: str, color: str) -> str:
         """Return a text in a colour, given as the number of ANSI."""
         return f"\x1b[{color}m{text}\x1b[0m" if self.has_colors and text else text
@@ -70,14 +75,19 @@ class Looks:
             note = f" {self.better}" if metric.is_best else note.partition(" at ")[0]
         if len(note) + 8 > room:
             note = ""
-        name = shorten_name(name, max(room - len(note), 4))
+        name = shorten_name(name, max(room - len(note), 4), self.ellipsis)
         color = "32" if metric.is_best else "31" if value in {"nan", "inf", "-inf"} else "1"
         padding = " " * max(width - cell_len(name) - 2 - len(value) - len(note), 0)
         return f"{name}  {self.paint(value, color)}{self.paint(note, '32' if metric.is_best else '2')}{padding}"
 
 
-def shorten_name(name: str, width: int) -> str:
+def shorten_name(name: str, width: int, ellipsis: str = "…") -> str:
     """Return a name in at most `width` columns; the middle of a longer one is left out.
+
+    Args:
+        name: The name.
+        width: The columns.
+        ellipsis: One character for what is left out.
 
     Example:
         >>> shorten_name("loss/val/cross_entropy", 12)
@@ -89,7 +99,7 @@ def shorten_name(name: str, width: int) -> str:
     tail = name
     while cell_len(tail) > width - 1 - head:
         tail = tail[1:]
-    return f"{set_cell_size(name, head)}…{tail}"
+    return f"{set_cell_size(name, head)}{ellipsis}{tail}"
 
 
 class LiveRegion:
@@ -256,7 +266,7 @@ def _bar_line(name: str, share: float | None, details: Sequence[str], looks: Loo
 
 
 def _task_line(task: TaskView, looks: Looks, width: int) -> str:
-    name = shorten_name(escape_controls(task.description), max(width // 2, 10))
+    name = shorten_name(escape_controls(task.description), max(width // 2, 10), looks.ellipsis)
     share = None if not task.total else task.done / task.total
     bar = min(max(_BAR[0], width // 5), _BAR[1])
     count = _count("", task.done, task.total) if task.total or task.done else "..."

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     FindWarnings = Callable[[Experiment], Sequence[str]]
 
-_BUILDING_AFTER_S: Final = 1.0
+_BUILDING_AFTER_S: Final = 2.0
 _MAX_WARNINGS: Final = 5
 _PLAN: Final = ", which noether plan shows"
 

@@ -19,6 +19,7 @@ from noether import (
     BeforeTraining,
     LogScalars,
     LogText,
+    Run,
     ShowProgress,
     TrainingIteration,
     TrainState,
@@ -365,6 +366,27 @@ def test_a_dumb_terminal_gets_no_live_display(monkeypatch):
     written = Tty()
     show_short_run(Console(RichConsole(width=200, file=written, highlight=False, soft_wrap=True)))
     assert [line.rstrip() for line in written.getvalue().split("\n")] == [*SHORT_RUN, ""]
+
+
+def test_labels_are_as_wide_as_the_last_iteration_of_the_run(console):
+    target, printed = console
+    end = TrainingIteration(epoch=1000)
+    run = Run(end=end, updates_per_epoch=1000, samples_per_epoch=4000, effective_batch_size=4)
+    last = TrainState(iteration=run.iteration_after(10**6))
+    for state in (at(1), last):
+        target.observe(state, AfterUpdate(run=run, samples=4))
+        target.write_scalars(LogScalars({"loss": NAN}), state, AfterEpoch())
+    first, second = printed()
+    assert second.startswith("E1000_U1000000_S4000000 ")
+    assert first.index("loss") == second.index("loss")
+
+
+def test_a_terminal_without_unicode_gets_escapes_instead_of_an_error():
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    console = Console(RichConsole(width=200, file=file, force_terminal=True, color_system=None, soft_wrap=True))
+    console.write_text(LogText("a \N{BLACK STAR}"), at(1), AfterEpoch())
+    console.close()
+    assert file.buffer.getvalue().decode("ascii").rstrip().endswith(r"a \u2605")
 
 
 def test_progress_without_a_known_speed_shows_the_counters(console):

@@ -1,0 +1,34 @@
+"""Text that leaves nothing behind in the buffers of the standard output."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from typing import IO
+
+
+def write_unbuffered(file: IO[str], text: str) -> None:
+    """Write and flush a text.
+
+    The buffers of the standard output get nothing that cannot be written, such as to a closed pipe or a full disk:
+    Python would try again when it exits, and end with an error.
+
+    Args:
+        file: Where to write.
+        text: The text; what the encoding of the file does not have is written as escapes.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    raw = getattr(file.buffer, "raw", file.buffer) if type(file) is io.TextIOWrapper else None
+    if not isinstance(file, io.TextIOWrapper) or not isinstance(raw, io.FileIO):
+        file.write(text)
+        file.flush()
+        return
+    file.flush()  # what others wrote before
+    rest = memoryview(text.encode(file.encoding, "backslashreplace"))
+    while rest:
+        if (size := raw.write(rest)) is None:  # a pipe that does not block
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        rest = rest[size:]
