@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from statistics import quantiles
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     Round = Mapping[str, float]
 
+_Measured = TypeVar("_Measured")
 _MIN_TIMED_S = 2e-3  # long compared with the microsecond that reading the clock takes
 _WIDTH = 150
 
@@ -83,7 +84,7 @@ def quartiles(values: Iterable[float], digits: int = 2) -> str:
     return f"{middle} ({low}-{high})"
 
 
-def take_turns(rows: Mapping[str, Callable[[], float]], rounds: int) -> list[dict[str, float]]:
+def take_turns(rows: Mapping[str, Callable[[], _Measured]], rounds: int) -> list[dict[str, _Measured]]:
     """Return the measurements of all rows in each round; a first round, which is not returned, warms up."""
     return [{name: row() for name, row in rows.items()} for _ in range(rounds + 1)][1:]
 

@@ -21,11 +21,11 @@ def write_lines(path, lines):
     file.close()
 
 
-def read_lines(lines):
-    """Return the metrics after writing and reading them."""
+def read_lines(lines, block_bytes=1 << 17):
+    """Return the metrics after writing them and reading them in blocks."""
     with tempfile.TemporaryDirectory() as folder:
         write_lines(Path(folder) / "metrics.jsonl", lines)
-        return parse_metrics(LogLines(path=Path(folder) / "metrics.jsonl")).metrics
+        return parse_metrics(LogLines(path=Path(folder) / "metrics.jsonl", block_bytes=block_bytes)).metrics
 
 
 NUMBERS = st.floats() | st.integers(-(2**70), 2**70) | st.booleans()

@@ -53,9 +53,16 @@ def test_a_run_that_is_being_written_can_be_read(tmp_path):
         assert (run.name, run.run_id, run.status) == ("mine", "run", "running")
 
 
-@given(lines=st.lists(st.dictionaries(st.sampled_from("abc") | st.text(max_size=3), NUMBERS, max_size=4), max_size=12))
-def test_metrics_have_the_bits_that_were_logged(lines):
-    metrics = read_lines(lines)
+LINES = st.dictionaries(st.sampled_from("abc") | st.text(max_size=3), NUMBERS, max_size=4)
+ALIKE = st.fixed_dictionaries({"a": st.floats(), "b": st.floats() | st.integers(0, 3)})  # as most lines of a log are
+
+
+@given(
+    lines=st.lists(LINES, max_size=12) | st.lists(ALIKE | LINES, max_size=12),
+    block_bytes=st.sampled_from([1, 400, 10**6]),
+)
+def test_metrics_have_the_bits_that_were_logged(lines, block_bytes):
+    metrics = read_lines(lines, block_bytes)
     logged = {}
     for update, line in enumerate(lines, 1):
         for key, value in line.items():

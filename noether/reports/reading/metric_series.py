@@ -141,11 +141,12 @@ class Series:
         if mode is not None:
             raise_problems(filter(None, [check_choice("mode", mode, MODES)]))
         mode = mode or direction_of(self.key)
-        finite = np.flatnonzero(np.isfinite(self.values))
-        if mode is None or not len(finite):
+        is_finite = np.isfinite(self.values)
+        if mode is None or not is_finite.any():
             return None
-        values = self.values[finite]
-        index = int(finite[values.argmax() if mode == "higher" else values.argmin()])
+        worst = -np.inf if mode == "higher" else np.inf
+        values = self.values if is_finite.all() else np.where(is_finite, self.values, worst)
+        index = int(values.argmax() if mode == "higher" else values.argmin())
         return Best(self.values[index].item(), self.points[index])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _DTYPES: Final = {"epoch": np.int64, "update": np.int64, "sample": np.int64, "time_s": np.float64, "event": np.str_}
 _POINT_OF: Final = itemgetter(*_DTYPES)
 _ARTIFACTS: Final = "artifacts"
+_FLOATS: Final = frozenset({float})
 _WHOLE: Final = frozenset({int, bool})
 _NUMBERS: Final = frozenset({int, bool, float, str})
 
@@ -83,12 +85,20 @@ class _Part(NamedTuple):
     values: NDArray[Any]
 
 
+class _Table(NamedTuple):
+    """Values of metrics that were logged together on some lines of a block."""
+
+    lines: NDArray[np.int64]
+    columns: NDArray[np.float64] | list[NDArray[Any]]  # one array of shape (metrics, lines) if all values are fractions
+
+
 class Columns:
     """Collects blocks of lines as arrays, also after `finish`."""
 
     def __init__(self) -> None:
         self._points: list[Points] = []
         self._parts: dict[str, list[_Part]] = {}
+        self._tables: dict[tuple[str, ...], list[_Table]] = {}
         self._artifacts: list[tuple[int, str, Mapping[str, Any]]] = []
         self._count = 0
 
@@ -100,11 +110,10 @@ class Columns:
         points: dict[str, Any] = {
             name: np.array(each, dtype) for each, (name, dtype) in zip(fields, _DTYPES.items(), strict=True)
         }
-        parts: list[tuple[str, _Part]] = []
-        for keys, members in _group_by_keys([line["metrics"] for line in block]).items():
-            lines = np.array([*members]) + self._count
-            rows = zip(*map(dict.values, members.values()), strict=True)
-            parts += [(key, _Part(lines, _to_array(row))) for key, row in zip(keys, rows, strict=True)]
+        tables = {
+            keys: _make_table(np.array(indices) + self._count, metrics)
+            for keys, (indices, metrics) in _group_by_keys([line["metrics"] for line in block]).items()
+        }
         artifacts = [
             (self._count + index, key, dict(entry))
             for index, line in enumerate(block)
@@ -113,8 +122,10 @@ class Columns:
         ]
         self._points.append(Points(**points))
         self._artifacts += artifacts
-        for key, part in parts:
-            self._parts.setdefault(key, []).append(part)
+        for keys, table in tables.items():
+            self._tables.setdefault(keys, []).append(table)
+            for key in keys:
+                self._parts.setdefault(key, [])  # in the order in which they were first logged
         self._count += len(block)
 
     def finish(self) -> MetricsLog:
@@ -125,31 +136,56 @@ class Columns:
                 for name, dtype in _DTYPES.items()
             }
         )
+        for keys, tables in self._tables.items():
+            lines = np.concatenate([table.lines for table in tables])
+            for key, values in zip(keys, _join_columns(tables, len(keys)), strict=True):
+                self._parts[key].append(_Part(lines, values))
         joined: dict[tuple[int, ...], NDArray[np.int64]] = {}  # keys that were logged together share their lines
         columns = {}
         for key, parts in self._parts.items():
             identity = tuple(id(part.lines) for part in parts)
             if identity not in joined:
-                joined[identity] = np.concatenate([part.lines for part in parts])
-            lines, values = joined[identity], np.concatenate([part.values for part in parts])
-            if np.any(lines[1:] < lines[:-1]):  # other keys were logged with it on some lines of a block
+                joined[identity] = parts[0].lines if len(parts) == 1 else np.concatenate([part.lines for part in parts])
+            lines = joined[identity]
+            values = parts[0].values if len(parts) == 1 else np.concatenate([part.values for part in parts])
+            if np.any(lines[1:] < lines[:-1]):  # other keys were logged with it on some lines
                 order = np.argsort(lines)
                 lines, values = lines[order], values[order]
             columns[key] = (lines, values)
         self._points = [points]
         self._parts = {key: [_Part(*each)] for key, each in columns.items()}
+        self._tables = {}
         return MetricsLog(metrics=Metrics(points, columns), artifacts=tuple(self._artifacts))
 
 
-def _group_by_keys(metrics: list[dict[str, Any]]) -> dict[tuple[str, ...], dict[int, dict[str, Any]]]:
-    """Return the metrics of lines by index, grouped by their keys."""
+def _group_by_keys(metrics: list[dict[str, Any]]) -> dict[tuple[str, ...], tuple[Sequence[int], list[dict[str, Any]]]]:
+    """Return indices and metrics of lines, grouped by their keys."""
     first = tuple(metrics[0])
-    if all(map(first.__eq__, map(tuple, metrics))):  # the usual case, with no object for each line
-        return {first: dict(enumerate(metrics))}
-    groups: dict[tuple[str, ...], dict[int, dict[str, Any]]] = {}
+    # All lines have the same keys, as usual; comparing two lists needs no object for each line.
+    if {len(first)}.issuperset(map(len, metrics)) and [*chain.from_iterable(metrics)] == [*first] * len(metrics):
+        return {first: (range(len(metrics)), metrics)}
+    groups: dict[tuple[str, ...], tuple[list[int], list[dict[str, Any]]]] = {}
     for index, each in enumerate(metrics):
-        groups.setdefault(tuple(each), {})[index] = each
-    return groups
+        indices, members = groups.setdefault(tuple(each), ([], []))
+        indices.append(index)
+        members.append(each)
+    return {**groups}
+
+
+def _make_table(lines: NDArray[np.int64], metrics: list[dict[str, Any]]) -> _Table:
+    values = list(chain.from_iterable(map(dict.values, metrics)))
+    if _FLOATS.issuperset(map(type, values)):
+        return _Table(lines, np.array(values, np.float64).reshape(len(lines), -1).T)
+    return _Table(lines, list(map(_to_array, zip(*map(dict.values, metrics), strict=True))))
+
+
+def _join_columns(tables: Sequence[_Table], count: int) -> Sequence[NDArray[Any]]:
+    """Return the values of each of `count` metrics, joined over the blocks of a log."""
+    columns = [table.columns for table in tables]
+    if any(isinstance(each, list) for each in columns):
+        return [np.concatenate(parts) for parts in zip(*columns, strict=True)]
+    joined = np.empty((count, sum(len(table.lines) for table in tables)))  # quicker than one list of parts per metric
+    return list(np.concatenate(columns, axis=1, out=joined))
 
 
 def _to_array(values: Sequence[Any]) -> NDArray[Any]:

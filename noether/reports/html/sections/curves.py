@@ -130,9 +130,11 @@ def describe_series(series: Series) -> str:
     if values.min() == values.max():
         return f"{_number(values[0])} from update {updates[0]} to {updates[-1]}"
     parts = [f"from {_number(values[0])} at update {updates[0]} to {_number(values[-1])} at update {updates[-1]}"]
-    finite = np.flatnonzero(np.isfinite(values))
-    if len(finite) and values[finite].min() < values[finite].max():
-        for name, at in (("lowest", finite[values[finite].argmin()]), ("highest", finite[values[finite].argmax()])):
+    is_finite = np.isfinite(values)
+    lowest = np.where(is_finite, values, np.inf).argmin()
+    highest = np.where(is_finite, values, -np.inf).argmax()
+    if is_finite.any() and values[lowest] < values[highest]:
+        for name, at in (("lowest", lowest), ("highest", highest)):
             parts.append(f"{name} {_number(values[at])} at {updates[at]}")
     for name, where in (("NaN", np.isnan(values)), ("infinite", np.isinf(values))):
         if where.any():
@@ -176,7 +178,8 @@ def _table(key: str, curves: Sequence[Curve], labels: Sequence[str]) -> str:
 def _summarize_parts(series: Series, count: int) -> Iterator[tuple[str, str, str, str]]:
     """Yield of each part of a curve its updates, and its lowest, highest and last value."""
     values, updates = series.values.astype(np.float64), series.points.update
-    for part in np.array_split(np.arange(len(values)), min(count, len(values))):
-        finite = values[part][np.isfinite(values[part])]
+    count = min(count, len(values))
+    for part, where in zip(np.array_split(values, count), np.array_split(updates, count), strict=True):
+        finite = part[np.isfinite(part)]
         ends = (_number(finite.min()), _number(finite.max())) if len(finite) else ("none", "none")
-        yield (f"{updates[part[0]]} to {updates[part[-1]]}", *ends, _number(values[part[-1]]))
+        yield (f"{where[0]} to {where[-1]}", *ends, _number(part[-1]))
