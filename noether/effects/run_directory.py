@@ -23,6 +23,7 @@ from noether.effects.logs.jsonl import UNKNOWN_COUNT, LogCount
 from noether.effects.logs.peak_memory import PeakMemory
 from noether.effects.never_saved import find_progress, mark_new_run, mark_saved_run
 from noether.effects.run_access import RunAccess, rank_of_process
+from noether.effects.run_exit import RunExit
 from noether.effects.run_files import CHECKPOINTS, CONFIG_FILE, EVENTS_FILE
 from noether.effects.run_logs import RunLogs
 
@@ -128,6 +129,7 @@ class RunDirectory:
         checkpoints: Its checkpoints.
         interpreter: Runs effects: writes the logs and checkpoints of this run.
         console: Where lines for a person go.
+        exit: What happens where the run is closed.
 
     Args:
         path: The directory as it was given.
@@ -176,6 +178,7 @@ class RunDirectory:
             after_first=partial(mark_saved_run, access.path, disk),
             is_first=access.writes,
         )
+        self.exit = RunExit(self._logs.write_panel)
         self._peak_memory = PeakMemory()
         self.interpreter = Interpreter(
             {**self._logs.handlers(), SaveCheckpoint: [self._saver.save]},
@@ -222,10 +225,15 @@ class RunDirectory:
         """Whether the console is a terminal or a notebook."""
         return self._logs.shows_panels
 
-    def write_panel(self, panel: RunPanel) -> None:
-        """Write a panel to the console; a no-op on ranks other than 0."""
+    def show_panel(self, describe: Callable[[], RunPanel], *, at_exit: bool = False) -> None:
+        """Write a panel to the console, without an error; a no-op on ranks other than 0.
+
+        Args:
+            describe: Returns the panel; called now. An error in it is reported, and the run continues.
+            at_exit: Whether the panel waits until the `with` block of the run ends, if there is one.
+        """
         if self.writes:
-            self._logs.write_panel(panel)
+            self.guard_log("panel", self.exit.show)(describe, at_exit=at_exit)
 
     def write_notice(self, text: str) -> None:
         """Write a line to the console at once, from any thread; a no-op on ranks other than 0."""
@@ -321,9 +329,13 @@ class RunDirectory:
             CheckpointError: If the last checkpoint failed, and `on_error` is `stop`.
             RunMovedError: If buffered logs were written to a directory that is not at its path any more.
         """
+        self._close(None)
+
+    def _close(self, error: BaseException | None) -> None:
         if not self.is_open:
             return
         try:
+            self.guard_log("end of the run", self.exit)(error)
             self.wait()
         except Exception:
             self._release()
@@ -372,13 +384,14 @@ class RunDirectory:
             )
 
     def __enter__(self) -> Self:
+        self.exit.is_awaited = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            self.close()
+            self._close(error)
         except NoetherError as close_error:
             if error is None:
                 raise

@@ -61,11 +61,22 @@ def evaluation_data(  # every fact about the data
         check_not_sharded(data, key)
     if isinstance(data, (list, tuple)):
         device = device_of(model.parameters())
-        return [move_batch(batch, device) for batch in data]
+        return _ShownBatches([move_batch(batch, device) for batch in data], key)
     seed = derive(seed, f"evaluation of {key}")
     if whole is None or any(map(is_fully_sharded, model.modules())):
         return EvaluationData(data if whole is None else whole, model, seed, key)
     return SharedEvaluationData(whole, model, seed, batch_size, key)
+
+
+class _ShownBatches(list[Any]):
+    """A list of batches whose passes the display of the run shows."""
+
+    def __init__(self, batches: Iterable[Any], key: str) -> None:
+        super().__init__(batches)
+        self._key = key
+
+    def __iter__(self) -> Iterator[Any]:
+        return track_progress(super().__iter__(), f"evaluating {self._key}", len(self))
 
 
 class EvaluationData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from noether.core.callback import leaves_of, listens_to
@@ -25,8 +26,8 @@ from noether.session.lengths import (
 )
 from noether.session.loader import epoch_lengths, has_equal_batches
 from noether.session.losses import EMPTY_UPDATE
+from noether.session.panels.session import describe_start
 from noether.session.processes import ProcessesError
-from noether.session.provenance import record_process
 from noether.session.randomness import derive, seed_all
 from noether.session.rank_exchange import check_joined
 from noether.session.session_state import SessionState
@@ -122,7 +123,8 @@ class SessionEvents(SessionState):
         )
         if self._micro_batches:  # an exception ended the loop inside of an update
             self._state, self._micro_batches = self._settled, []
-        self._model_status, self._current_dispatch, self._recorded_error, self._has_begun = "settled", None, None, False
+        self._model_status, self._current_dispatch, self._recorded_error = "settled", None, None
+        self._has_begun = self._has_left = False
         loaded, resumed = self.load(), self._remembers
         time_s = self._exchange.begin(self._clock.wall_s(), self._state, self.run, self._reducer)
         if resumed and self._scheduler is not None:
@@ -157,12 +159,14 @@ class SessionEvents(SessionState):
         return loaded
 
     def _begin_in(self, directory: RunDirectory, saved: TrainState | None) -> None:
+        directory.exit.add(self.leave_directory)
         directory.console.watch(leaves_of(self._reducer), self._state)
         directory.truncate_logs(saved)
         directory.complete_saves(saved)
         if not (self.is_over and self._state.ended):
-            self.set_status("running")
-            record_process(directory, self._state, self.run)
+            state = self._live.view(self._state)
+            describe = partial(describe_start, directory.path, self._live, state, self.run, self._reducer.members)
+            self._record.begin(state, self.run, self._interpreter, describe)
 
     def batch_arrived(self) -> None:
         """Start the time of the step; the time since the last mark was spent waiting for data."""
@@ -278,9 +282,12 @@ class SessionEvents(SessionState):
                 event = AfterTraining(run=self.run, time_s=self._clock.wall_s())
                 save_end(self._directory, self._directory.interpreter, final, event)
             reason = "" if self.stop is None else f": {self.stop}"
-            # Without a checkpoint of noether's, the text would refuse a new run in this directory.
-            ending = f"ended at {self._state.iteration}{reason}" if self.resumes_within_epochs else None
-            self.set_status("finished" if self.stop is None else "stopped", ending)
+            self._record_end(
+                "finished" if self.stop is None else "stopped",
+                f"ended at {self._state.iteration}{reason}",
+                final,
+                is_resumable=self.resumes_within_epochs,
+            )
         self._exchange.wait("the end of the run, which is saved")
         self.close()
 
@@ -353,11 +360,10 @@ class SessionEvents(SessionState):
         before = self._live.view(state)
         self._current_dispatch = before, event
         try:
-            interpreter = self._interpreter
+            interpreter = self._record.count_time(self._interpreter)
             if self._generators is not None:
                 interpreter = self._generators.with_states(interpreter)
-            shown = None if self._directory is None or not self._directory.writes else self._directory.console
-            with show_progress_on(shown):
+            with show_progress_on(self._record):
                 after = dispatch(before, event, self._reducer, interpreter)
             model_status, self._model_status = self._model_status, "partly written"
             self._live.write_changes(before, after)

@@ -9,7 +9,7 @@ from noether.core.text import format_seconds
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-
+_LEAST_S: Final = 0.005  # what is shown as 0.00 s is left out
 _PHASES: Final = {"step_s": "steps", "data_s": "waiting for data", "evaluation_s": "evaluation", "saving_s": "saving"}
 
 
@@ -27,4 +27,6 @@ def describe_phases(phases: Mapping[str, Any]) -> list[str]:
     if not total_s:
         return []
     ordered = sorted(times.items(), key=lambda item: -item[1])
-    return [f"{label} {format_seconds(each)} ({100 * each / total_s:.0f} %)" for label, each in ordered if each]
+    return [
+        f"{label} {format_seconds(each)} ({100 * each / total_s:.0f} %)" for label, each in ordered if each >= _LEAST_S
+    ]

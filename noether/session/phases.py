@@ -68,15 +68,17 @@ class PhaseTimes:
         if self._evaluating_since_s is not None:
             self._evaluation_s += self._clock.elapsed_s() - self._evaluating_since_s
             self._evaluating_since_s = None
+        is_due = False
         if isinstance(event, AfterUpdate):
             self._updates += 1
             self._data_s += event.data_s or 0.0
             self._step_s += event.step_s or 0.0
             self._written_s = self._written_s or event.time_s
             if not 0 <= event.time_s - self._written_s < _INTERVAL_S:  # negative if the clock was set back
-                self._written_s = event.time_s
-                effects = (*effects, SetSummary(FrozenDict(self.entry(state))))
+                self._written_s, is_due = event.time_s, True
         self._interpret(effects, state, event)
+        if is_due:  # by the interpreter of the run: that of a Session may be a function of the user's
+            self._directory.interpreter([SetSummary(FrozenDict(self.entry(state)))], state, event)
 
     def evaluate(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches of a dataset that a callback iterates, and count the time until its event is complete."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from noether.core.effect import SetSummary
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate
 from noether.core.pending import set_pending
 from noether.core.state import TrainState
-from noether.core.tensors.tree import FrozenDict
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
-from noether.effects.disk.path_checks import RunMovedError
-from noether.effects.run_ending import describe_status, record_failure, save_interrupted
+from noether.effects.run_ending import record_failure, save_interrupted
 from noether.session.errors import SessionError
 from noether.session.generators import MEMORY, GeneratorStates, take_states, warn_without_states
+from noether.session.loop_record import LoopRecord
 from noether.session.rank_exchange import RankExchange
 from noether.session.timing import Stopwatch
 
@@ -79,6 +77,7 @@ class SessionState:
         self._reducer, self._live, self._optimizer = reducer, live, live.optimizer
         self._scheduler, self._scaler = scheduler, scaler
         self._interpreter, self._directory, self._clock = interpreter, directory, clock
+        self._record = LoopRecord(directory, clock)
         self._state = TrainState(seed=seed)
         self._remembers = False
         self.has_equal_batches = False
@@ -89,6 +88,7 @@ class SessionState:
         self._steps_before = 0  # of the optimizer, at the last update
         self._model_status: Literal["settled", "in an update", "partly written"] = "settled"
         self._current_dispatch: tuple[TrainState, Event] | None = None  # the state and the event, until it is complete
+        self._has_left = False  # whether `leave` was called since
         self._has_begun = False  # whether `begin` has returned; before, there is nothing to save
         self._recorded_error: BaseException | None = None
         self._warned_of_empty_update = False
@@ -210,13 +210,15 @@ class SessionState:
         at = self._current_dispatch or (self._state, AfterUpdate.of(run=self.run, time_s=self._clock.wall_s()))
         if self._recorded_error is not error:
             self.ranks.failures.report(error)  # first of all: the other ranks wait
-        if self._recorded_error is error or not self._has_begun or self.run.rank != 0:
+        if self._recorded_error is error or self.run.rank != 0:
             return
         self._recorded_error = error
-        if self._directory is not None and self._directory.is_open:
+        if self._directory is None or not self._directory.is_open:
+            return
+        if self._has_begun:  # before, there is nothing to save
             record_failure(error, self._directory, self.settled_state, at, self._interpreter)
-            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-            self.set_status("failed", f"failed at {at[0].iteration}: {reason}")
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+        self._record_end("failed", f"failed at {at[0].iteration}: {reason}", at[0])
 
     @contextmanager
     def save_where_it_ends(self) -> Iterator[None]:
@@ -232,14 +234,25 @@ class SessionState:
         finally:
             self.close()
 
-    def set_status(self, status: Status, ending: str | None = None) -> None:
-        """Write to `summary.json` that the run is running, or how it ended; a no-op without an open directory."""
-        if self._directory is None or not self._directory.is_open:
+    def _record_end(self, status: Status, ending: str, at: TrainState, *, is_resumable: bool = True) -> None:
+        """Write to `summary.json` and to the console how the run ended; a no-op without an open directory."""
+        self._record.end(status, ending, at, self.run, self._reducer, is_resumable=is_resumable)
+
+    def leave_directory(self, error: BaseException | None) -> None:
+        """Record how the loop ended, as its directory is closed.
+
+        Args:
+            error: The exception that leaves the `with` block of the directory, or None. Python does not tell an
+                iterator which exception ends the loop over it.
+        """
+        if not self._has_begun or self._state.ended:
             return
-        entries = FrozenDict(describe_status(status, ending))
-        event = AfterTraining.of(run=self.run, time_s=self._clock.wall_s())
-        with suppress(RunMovedError):  # the next save or flush of logs raises it
-            self._directory.interpreter([SetSummary(entries)], self._state, event)
+        if isinstance(error, Exception):
+            self.record_failure(error)
+        elif error is not None:
+            self.leave()
+        elif not self._has_left:  # the loop has not, or is that of a framework, which may train on in another process
+            self._record_end("interrupted", f"interrupted at {self._state.iteration}", self._state)
 
     def _warn_if_ended(self) -> None:
         """Say that a resumed run has nothing left to train, and how it would continue."""
@@ -255,14 +268,21 @@ class SessionState:
 
     def leave(self) -> None:
         """Save a run that the loop leaves before its end, if it can be resumed exactly; log what was done."""
-        if not self._has_begun or self._state.ended or self._recorded_error is not None:
+        if not self._has_begun or self._state.ended or self._recorded_error is not None or self._has_left:
             return
+        self._has_left = True
         at, settled = self._state.iteration, self.settled_state
         if self.ranks.are_several:
             self.ranks.failures.report(SessionError(f"the loop was left at {at}, before the end of the run"))
         if self.run.rank != 0:
             return
-        self.set_status("interrupted", f"interrupted at {at}")
+        try:
+            self._save_where_left(settled)
+        finally:
+            self._record_end("interrupted", f"interrupted at {at}", self._state)
+
+    def _save_where_left(self, settled: TrainState | None) -> None:
+        at = self._state.iteration
         if settled is None:
             _LOGGER.warning(
                 "the loop ended between two states that can be resumed, before update %d was complete: nothing is "
@@ -287,7 +307,8 @@ class SessionState:
             )
 
     def close(self) -> None:
-        """Stop watching the optimizer."""
+        """Stop watching the optimizer, and write where the time went."""
+        self._record.pause(self._state, self.run)
         if self._optimizer is not None:
             self._optimizer.release()
 

@@ -60,6 +60,10 @@ class KerasModule(nn.Module):
             owner, name = self._owner_and_name(self.name_of(variable))
             owner.register_buffer(name, variable.value.detach())
 
+    def _get_name(self) -> str:
+        """Return the name that torch and the panel of a run show."""
+        return type(self.keras).__name__
+
     @property
     def keras(self) -> Any:
         """The Keras model."""

@@ -54,6 +54,11 @@ class RunEnd:
     reducer: Reducer
     phases: Mapping[str, Any]
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run reached its end, or a callback stopped it."""
+        return self.status in {"finished", "stopped"}
+
 
 def describe_end(
     end: RunEnd,
@@ -70,11 +75,10 @@ def describe_end(
         commands: What to run next, by what it does.
     """
     state = end.state
-    is_complete = end.status in {"finished", "stopped"}
     facts = {
         "directory": [str(end.directory)],
-        "saved": [] if is_complete else [describe_saved(pointers, state.iteration)],
-        "stopped by": [state.stopped_by] if is_complete and state.stopped_by else [],
+        "saved": [] if end.is_complete else [describe_saved(pointers, state.iteration)],
+        "stopped by": [state.stopped_by] if end.is_complete and state.stopped_by else [],
         "training": [_describe_speed(end.phases, state.iteration.sample - end.begin.sample)],
         "time": describe_phases(end.phases),
         "checkpoints": describe_pointers(pointers),

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.distributed.failures import Failures
     from noether.effects import Interpreter, RunDirectory
-    from noether.effects.console.run_panels import RunPanel
     from noether.effects.logs.jsonl import ToLine
     from noether.effects.run_directory import Interpret
     from noether.training.data.interruptible import Watch
@@ -136,7 +135,7 @@ def execute(
     ranks = experiment.ranks
     interruption.limit_time(max_hours, counts=ranks.is_first)
     interruption.announce = partial(_announce_interruption, directory, ranks.failures)
-    _show(directory, partial(describe_start, experiment, directory.path, state, find_warnings))
+    directory.show_panel(partial(describe_start, experiment, directory.path, state, find_warnings))
     interpreter = add_handlers(
         directory.interpreter, experiment.config, directory.path.resolve, directory.services, directory.guard_log
     )
@@ -183,7 +182,7 @@ def execute(
     write_ending(run, experiment, interpreter, phases.entry(final))
     summary, pointers = directory.path / SUMMARY_FILE, directory.checkpoints.pointers
     describe = partial(describe_end, run, experiment, begin, phases.read(final), allow=allow)
-    _show(directory, lambda: describe(read_summary(summary), pointers()))
+    directory.show_panel(lambda: describe(read_summary(summary), pointers()))
     is_saved = finished or directory.checkpoints.holds(final)  # for a state with shards every rank asks
     if not directory.shows_panels:  # which say the same
         if not finished and ranks.is_first:
@@ -195,12 +194,6 @@ def execute(
             "and so would one that resumes the run; give it more hours"
         )
     return run
-
-
-def _show(directory: RunDirectory, describe: Callable[[], RunPanel]) -> None:
-    """Write a panel on rank 0; an error in it is reported, and the run continues."""
-    if directory.writes:
-        directory.guard_log("panel", lambda: directory.write_panel(describe()))()
 
 
 def _announce_interruption(directory: RunDirectory, failures: Failures, text: str) -> None:
