@@ -204,13 +204,21 @@ class Console:
         self._run = None  # the next event shows the display again
         if self._live is not None:
             self._live.stop()
-        if not self.shows_panels:
+        if not self.shows_panels or self._console.quiet:
             self._print("\n".join(plain_lines(panel)))
             return
         with self._begun_line():
-            self._console.print(panel, soft_wrap=False)
-            for line in command_lines(panel, self._console.width):
-                self._console.print(line, soft_wrap=True)
+            if (output := choose_output(self._console.file)) is self._console.file:
+                self._print_panel(panel)
+                return
+            with self._console.capture() as captured:
+                self._print_panel(panel)
+            output.write(captured.get())  # above a bar of rich
+
+    def _print_panel(self, panel: RunPanel) -> None:
+        self._console.print(panel, soft_wrap=False)
+        for line in command_lines(panel, self._console.width):
+            self._console.print(line, soft_wrap=True)
 
     def write_notice(self, text: str) -> None:
         """Write a line at once, from any thread; a terminal may have echoed ^C before it."""
@@ -236,6 +244,8 @@ class Console:
 
     def _print(self, lines: str) -> None:
         """Print a text unchanged, without interpreting `[bold]` or `:100:` in logged texts as markup."""
+        if self._console.quiet:  # a bar of rich would print what it gets
+            return
         with self._begun_line():
             output = choose_output(self._console.file)
             if self._live is not None and self._is_terminal:  # the width of a dumb terminal is not known

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from noether.core.tensors.module import named_modules
+from noether.effects.console.next_commands import suggest_commands
 from noether.session.panels import end, start
 
 if TYPE_CHECKING:
@@ -61,9 +61,8 @@ def describe_end(
         pointers: The tag that each pointer to a checkpoint names.
         has_title: Whether the console shows titles of panels; otherwise a fact says how the run ended.
     """
-    path = str(ended.directory)
-    commands = {"show": ["noether", "show", path], "report": ["noether", "report", path, "--to", "report.html"]}
-    panel = end.describe_end(ended, summary, pointers, [(name, shlex.join(each)) for name, each in commands.items()])
+    commands = suggest_commands(ended.directory, ended.status)
+    panel = end.describe_end(ended, summary, pointers, list(commands.items()))
     facts = [*([] if has_title else [("ending", [ended.ending])]), *panel.facts]
     if not ended.is_complete and "latest" in pointers:
         facts.append(("resume", ["start the program again with the same directory"]))
