@@ -10,9 +10,9 @@ from noether.core.effect import SetSummary
 from noether.core.event import AfterTraining
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.path_checks import RunMovedError
-from noether.effects.logs.summary import read_summary
+from noether.effects.logs.summary_entries import read_summary
 from noether.effects.run_ending import describe_status
-from noether.effects.run_logs import SUMMARY_FILE
+from noether.effects.run_files import SUMMARY_FILE
 from noether.session.panels.end import RunEnd
 from noether.session.panels.session import describe_end
 from noether.session.phases import PhaseTimes

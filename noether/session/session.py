@@ -60,8 +60,10 @@ class Session(SessionUpdates):
     If the loop ends before the run does (`break`, an exception, Ctrl-C, `sys.exit`), the session saves a state from which
     the run continues exactly: the one before the current update until the optimizer steps, the one after it once
     `update` is called. If the events of that update were cut short, the resumed run dispatches them again. Between the
-    two there is none, and the run resumes from its last checkpoint. If the loader, a callback or a handler raised the
-    exception, notes on it say where and what is saved, and `traceback.txt` in the run directory has its traceback.
+    two there is none, and the run resumes from its last checkpoint. Notes on an exception say what is saved, and
+    `traceback.txt` in the run directory has its traceback: if the loader, a callback or a handler raised it, at once; if
+    the loop itself did, where it leaves `with noether.open_run(...)`. Outside of such a block, Python does not tell the
+    session of an error in the loop, which then counts as an interruption.
     SIGTERM ends Python at once, without a save: install a handler that calls `sys.exit`.
 
     On several ranks of a process group of `torch.distributed`, the model is in `DistributedDataParallel`, which averages
@@ -70,6 +72,9 @@ class Session(SessionUpdates):
     `DataLoader` of `data`, whole also where a library has split it. Of buffers that differ, as those of batch norm do, the
     ones of rank 0 count. An exchange is left out at updates that no callback reads, if batches have equal sizes. A run
     may resume on another number of ranks: at the end of an epoch, and within one if `DistributedSampler` splits it.
+
+    With a directory, a panel says what is trained as the run begins, and another one how it went: as the run ends, or at
+    the end of the `with` block of the directory. `open_run(path, console=...)` sends them elsewhere.
 
     A framework's loop calls `begin`, `batch_arrived`, `micro_batch`, `update`, `end_epoch` and `end` itself.
 

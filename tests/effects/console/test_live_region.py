@@ -20,6 +20,7 @@ from tqdm import tqdm
 from noether import AfterTraining, AfterUpdate, LogScalars, LogText, Run, ShowProgress, TrainingIteration, TrainState
 from noether.core.callbacks import BestMetricCallback
 from noether.effects import Console, open_run
+from noether.effects.console.run_panels import RunPanel
 
 TIMEOUT_S = 60
 UNSET = ("CI", "SLURM_JOB_ID", "FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES")
@@ -277,6 +278,25 @@ def test_lines_appear_above_a_bar_of_rich(open_terminal, monkeypatch):
     assert [line[19:] for line in lines[:3]] == ["line 1", "line 2", "line 3"]
     assert lines[3].startswith("theirs ")
     assert len(lines) == 4
+
+
+@pytest.mark.parametrize("is_quiet", [False, True], ids=["shown", "quiet"])
+def test_a_panel_appears_above_a_bar_of_rich(open_terminal, monkeypatch, is_quiet):
+    from rich.progress import Progress
+
+    terminal = open_terminal()
+    monkeypatch.setattr(sys, "stdout", terminal.file)
+    theirs = RichConsole(file=terminal.file, width=80, height=24, force_terminal=True)
+    console = Console(RichConsole(width=80, height=24, highlight=False, soft_wrap=True, quiet=is_quiet))
+    panel = RunPanel(title="a run", facts=[("model", ["Net"])], commands=[("show", "noether show a")])
+    with closing(console), Progress(console=theirs, auto_refresh=False) as bar:
+        task = bar.add_task("theirs", total=8)
+        bar.update(task, advance=3, refresh=True)
+        console.write_panel(panel)
+        lines = terminal.wait_for(has("38%" if is_quiet else "show"))
+    assert lines[-1].startswith("theirs ")
+    first = ["╭─ a run ────╮", "│ model  Net │", "╰────────────╯", "show  noether show a"]
+    assert lines[:-1] == ([] if is_quiet else first)
 
 
 class HangUp(io.StringIO):
