@@ -22,7 +22,7 @@ from noether.effects.console.columns import LABEL_WIDTH, add_label, format_line,
 from noether.effects.console.live_region import LiveRegion, Looks
 from noether.effects.console.live_view import RunView, TaskView
 from noether.effects.console.notebook import NotebookRows
-from noether.effects.console.other_bars import choose_output, removed_bars
+from noether.effects.console.other_bars import choose_output, others_draw, removed_bars
 from noether.effects.console.progress_lines import describe_progress, is_live
 from noether.effects.console.run_panels import command_lines, plain_lines
 from noether.effects.console.scrolling_lines import ChangedMetrics, wrap_texts
@@ -54,7 +54,8 @@ class Console:
     Control characters in texts and metrics are written as visible escapes, such as `\x1b`; the log has them unchanged.
     Without a terminal, metrics of updates are written at most once a second, and as a heartbeat, the last lines are
     repeated after 300 s without output, until training ends. The live display has the newest values, so above it
-    appear the metrics of updates at most every ten seconds, and only those that changed and fit into one line.
+    appear the metrics of updates at most every ten seconds, and only those that changed and fit into one line; above
+    the bars of others, every second.
 
     Attributes:
         view: What the live display shows.
@@ -160,7 +161,7 @@ class Console:
         self.view.log(metrics, state.iteration)
         # A loop that sets no time on its events gets every line. The difference is negative if the clock was set back.
         is_update, is_shown = isinstance(event, AfterUpdate), self._live is not None and self._live.is_running
-        interval_s = _LIVE_UPDATE_INTERVAL_S if is_shown else _UPDATE_INTERVAL_S
+        interval_s = _LIVE_UPDATE_INTERVAL_S if is_shown and not others_draw() else _UPDATE_INTERVAL_S
         if is_update and event.time_s and 0 <= event.time_s - self._last_update_s < interval_s:
             return
         if not metrics:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import threading
 from dataclasses import dataclass
 from time import monotonic
@@ -13,7 +15,7 @@ from noether.core.estimates import estimate_end, known_end
 from noether.core.state import TrainState
 from noether.core.text import escape_controls, format_duration
 from noether.effects.console.columns import format_value
-from noether.effects.console.other_bars import others_draw
+from noether.effects.console.other_bars import others_draw, removed_bars
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +29,7 @@ _MIN_HEIGHT: Final = 6  # of a terminal that has a display
 _MAX_NAME: Final = 40
 _BAR: Final = (10, 40)  # least and most columns
 _TASK_AFTER_S: Final = 0.5
+_AFTER_OTHERS_S: Final = 3.0
 _GAP: Final = "   "
 
 
@@ -120,6 +123,7 @@ class LiveRegion:
         self._lock = threading.RLock()
         self._stop: threading.Event | None = None
         self._count = 0  # rows drawn at most, so that they do not jump
+        self._others_drew_s = -math.inf
         self._errors: list[Exception] = []
 
     @property
@@ -163,12 +167,17 @@ class LiveRegion:
             raise self._errors.pop()
 
     def tick(self) -> None:
-        """Draw what is newest, or nothing while others show a bar."""
+        """Draw what is newest, or nothing while others show a bar and shortly after."""
         now_s = monotonic()
         self._view.add_pace(now_s)
         with self._lock:
             if others_draw():
-                self._rows.remove()
+                self._others_drew_s = now_s
+                if self._rows.are_shown:
+                    with removed_bars(sys.stdout):  # their line would stay where it is
+                        self._rows.remove()
+                return
+            if now_s - self._others_drew_s < _AFTER_OTHERS_S:  # such as between the bars of two epochs
                 return
             width, height = self._size()
             limit = min(_MAX_ROWS, height // 2)
