@@ -1,26 +1,30 @@
-"""Parses `metrics.jsonl`: points, values by key, and references to artifacts."""
+"""Parses `metrics.jsonl`: points, values by key, and references to artifacts; or its first or last line only."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
 import numpy as np
 
 from noether.effects.disk.json_numbers import NUMBERS
+from noether.reports.reading.log_lines import LogLines
 from noether.reports.reading.metric_series import Metrics, Points
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from noether.reports.reading.log_lines import LogLines
+    from noether.reports.reading.metric_series import Point
 
 _DTYPES: Final = {"epoch": np.int64, "update": np.int64, "sample": np.int64, "time_s": np.float64, "event": np.str_}
 _POINT_OF: Final = itemgetter(*_DTYPES)
+_END_BYTES: Final = 1 << 16
 _ARTIFACTS: Final = "artifacts"
 _FLOATS: Final = frozenset({float})
 _WHOLE: Final = frozenset({int, bool})
@@ -76,6 +80,30 @@ def parse_metrics(
 
 
 _DAMAGE: Final = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+
+
+def read_first_point(path: Path) -> Point | None:
+    """Return where the first whole line of a log was written; None if there is none, or its begin is damaged."""
+    lines = LogLines(path=path)
+    points = parse_metrics(lines, islice(lines.blocks(), 1)).metrics.points
+    return points[0] if len(points) else None
+
+
+def read_last_point(path: Path) -> Point | None:
+    """Return where the last whole line of a log was written; None if there is none."""
+    lines = LogLines(path=path)
+    if path.exists():
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _END_BYTES))
+            if file.tell():
+                file.readline()  # the rest of a line
+            points = parse_metrics(lines, lines.blocks_of(file)).metrics.points
+        if len(points) or size <= _END_BYTES:
+            return points[-1] if len(points) else None
+        points = parse_metrics(LogLines(path=path)).metrics.points  # a very long last line
+        return points[-1] if len(points) else None
+    return None
 
 
 class _Part(NamedTuple):

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
-import yaml
-
-from noether.config.errors import ConfigError, LocatedProblem, Place
+from noether.config.errors import ConfigError
 from noether.core.iteration import TrainingIteration
-from noether.core.metric_keys import MODES, direction_of
+from noether.core.metric_keys import direction_of
 from noether.effects.checkpoints.listing import CheckpointError, Listing, list_checkpoints
 from noether.effects.disk.calls import DISK
-from noether.effects.disk.json_numbers import NUMBERS
 from noether.effects.logs.summary_entries import read_summary
 from noether.effects.run_files import CHECKPOINTS, CONFIG_FILE, EVALUATIONS, EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
-from noether.reports.reading.log_ends import read_first_point, read_last_point
 from noether.reports.reading.log_lines import LogLines
+from noether.reports.reading.metrics_log import read_first_point, read_last_point
 from noether.reports.reading.metrics_tail import MetricsTail
 from noether.reports.reading.run_folders import find_runs, require_readable
 from noether.reports.reading.status import find_status
+from noether.reports.reading.whole_files import find_mode, read_config, read_entries, read_evaluations
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -168,16 +165,7 @@ class RunRecord:
         Raises:
             ConfigError: If the file is damaged.
         """
-        path = self.path / CONFIG_FILE
-        if not path.is_file():
-            return {}
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise _damage_error(path, error) from error
-        if not isinstance(content, dict):
-            raise _damage_error(path, "it has no settings")
-        return content
+        return read_config(self.path / CONFIG_FILE)
 
     @cached_property
     def summary(self) -> Mapping[str, Any]:
@@ -186,16 +174,7 @@ class RunRecord:
         Raises:
             ConfigError: If the file is damaged.
         """
-        path = self.path / SUMMARY_FILE
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, RecursionError) as error:
-            raise _damage_error(path, error) from error
-        if not isinstance(content, dict):
-            raise _damage_error(path, "it has no entries")
-        return content
+        return read_entries(self.path / SUMMARY_FILE)
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -304,14 +283,7 @@ class RunRecord:
     @cached_property
     def evaluations(self) -> Mapping[str, Mapping[str, float]]:
         """The metrics of each standalone evaluation, by the name of its file; a warning is logged for damaged files."""
-        found: dict[str, Mapping[str, float]] = {}
-        for file in sorted((self.path / EVALUATIONS).glob("*.json")):
-            try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-                found[file.stem] = {key: NUMBERS.get(value, value) for key, value in content.items()}
-            except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:  # not as it was written
-                _LOGGER.warning("%s is damaged, and left out: %s", file, error)
-        return found
+        return read_evaluations(self.path / EVALUATIONS)
 
     def events(self) -> Iterator[Mapping[str, Any]]:
         """Yield the lines of `events.jsonl`, which a run with `trainer.record: events` writes."""
@@ -326,8 +298,7 @@ class RunRecord:
         A callback of the configuration that has the metric as its `metric_key` and a `mode` decides; else the words of
         the key do.
         """
-        modes = (each.get("mode") for each in _settings_in(self.config) if each.get("metric_key") == key)
-        return next((mode for mode in modes if mode in MODES), None) or direction_of(key)
+        return find_mode(self.config, key) or direction_of(key)
 
     def best(self, key: str) -> Best | None:
         """Return the best value of a metric and where it was logged first.
@@ -384,16 +355,3 @@ class RunRecord:
             return dict(sorted(entry.items(), key=lambda item: TrainingIteration.parse(item[0]).update))
         except ValueError:
             return {}
-
-
-def _damage_error(path: Path, reason: object) -> ConfigError:
-    text = " ".join(str(reason).split())
-    return ConfigError([LocatedProblem(Place(str(path)), (), f"is damaged: {text}; restore or remove it")])
-
-
-def _settings_in(value: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield each mapping in a configuration."""
-    if isinstance(value, dict):
-        yield value
-    for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from _settings_in(each)
