@@ -21,6 +21,7 @@ PARTICIPLE = re.compile(
 )
 VERBS_AND_NOUNS = {
     *(
+        "accept",
         "bound",
         "children",
         "compound",
