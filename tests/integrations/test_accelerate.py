@@ -21,7 +21,7 @@ from reference import (
 )
 
 from noether import AfterUpdate, Mean, Session, TrainingIteration, compose
-from noether.core.callbacks import FixedUpdateEarlyStopping, GradNormCallback, OnlineLossCallback
+from noether.core.callbacks import FixedUpdateEarlyStopping, GradNormCallback, HistogramCallback, OnlineLossCallback
 from noether.integrations.accelerate import AcceleratedSession
 from noether.testing import assert_same
 
@@ -157,7 +157,9 @@ def test_an_update_before_the_optimizer_steps_is_refused():
 def test_gradients_are_measured_before_they_are_clipped():
     collector = EventCollector()
     accelerator, network, optimizer, _, loader, watched, _ = make_parts(
-        reducer=compose(GradNormCallback(every_n_updates=1), collector)
+        reducer=compose(
+            GradNormCallback(every_n_updates=1), HistogramCallback(every_n_updates=1, of=("gradients",)), collector
+        )
     )
     clipped = []
     for batch in watched.batches(loader):
@@ -167,7 +169,11 @@ def test_gradients_are_measured_before_they_are_clipped():
             optimizer.step()
             optimizer.zero_grad()
         watched.update()
-    assert [float(event.grad_norm) for event in collector.of(AfterUpdate)] == pytest.approx(clipped)
+    events = collector.of(AfterUpdate)
+    assert [float(event.grad_norm) for event in events] == pytest.approx(clipped)
+    assert [float(torch.nn.utils.get_total_norm(list(event.gradients.values()))) for event in events] == pytest.approx(
+        clipped
+    )
 
 
 def test_the_weight_of_a_loss_is_used_in_its_means():

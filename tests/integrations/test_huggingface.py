@@ -26,6 +26,7 @@ from noether.core.callbacks import (
     CheckpointCallback,
     FixedUpdateEarlyStopping,
     GradNormCallback,
+    HistogramCallback,
     LrCallback,
     OnlineLossCallback,
 )
@@ -222,9 +223,12 @@ def test_an_evaluation_by_the_trainer_changes_nothing(uncut, tmp_path):
 
 def test_gradients_are_measured_before_they_are_clipped(tmp_path):
     collector = EventCollector()
-    train_hf(tmp_path / "clipped", reducer=compose(GradNormCallback(every_n_updates=1), collector), max_grad_norm=1e-3)
+    readers = GradNormCallback(every_n_updates=1), HistogramCallback(every_n_updates=1, of=("gradients",))
+    train_hf(tmp_path / "clipped", reducer=compose(*readers, collector), max_grad_norm=1e-3)
     norms = [float(event.grad_norm) for event in collector.of(AfterUpdate)]
     assert min(norms) > 1e-3
+    gradients = [list(event.gradients.values()) for event in collector.of(AfterUpdate)]
+    assert [float(torch.nn.utils.get_total_norm(each)) for each in gradients] == pytest.approx(norms)
 
 
 def test_a_run_of_some_updates_ends_inside_of_an_epoch(tmp_path):

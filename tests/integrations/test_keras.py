@@ -25,6 +25,7 @@ from noether.core.callbacks import (
     CheckpointCallback,
     FixedUpdateEarlyStopping,
     GradNormCallback,
+    HistogramCallback,
     LrCallback,
     OfflineLossCallback,
     OnlineLossCallback,
@@ -137,8 +138,10 @@ def test_events_and_weights_equal_those_of_the_trainer():
 
 
 def test_a_callback_that_reads_gradients_is_refused():
-    with pytest.raises(ValueError, match="reads grad_norm, which this loop does not measure: drop the callback"):
-        fit_keras(classifier(), reducer=GradNormCallback(every_n_updates=1))
+    histograms = HistogramCallback(every_n_updates=1, of=("gradients",))
+    for name, reader in {"grad_norm": GradNormCallback(every_n_updates=1), "gradients": histograms}.items():
+        with pytest.raises(ValueError, match=f"reads {name}, which this loop does not measure: drop the callback"):
+            fit_keras(classifier(), reducer=reader)
 
 
 def test_accumulation_equals_that_of_the_trainer():

@@ -22,7 +22,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from noether import AfterUpdate, Run, compose, on
-from noether.core.callbacks import CheckpointCallback, FixedUpdateEarlyStopping, GradNormCallback, OnlineLossCallback
+from noether.core.callbacks import (
+    CheckpointCallback,
+    FixedUpdateEarlyStopping,
+    GradNormCallback,
+    HistogramCallback,
+    OnlineLossCallback,
+)
 from noether.integrations.lightning import NoetherCallback
 from noether.testing import assert_same
 
@@ -136,7 +142,7 @@ def test_losses_are_those_before_lightning_divides_them(tmp_path):
 def test_clipped_gradients_are_measured_before(tmp_path):
     samples = points(36)
     measured = []
-    reducer = compose(GradNormCallback(every_n_updates=1))
+    reducer = compose(GradNormCallback(every_n_updates=1), HistogramCallback(every_n_updates=1, of=("gradients",)))
     for clip in (None, 1e-3):
         module, recorder = Module(), Recorder()
         callback = make_callback(module, recorder, reducer=reducer)

@@ -1,5 +1,7 @@
 """Modules that the user prepared by DDP or `fully_shard`: their states and updates equal those of one process."""
 
+import json
+
 import pytest
 import torch
 from processes import run_on_ranks
@@ -13,6 +15,7 @@ from noether.core.callbacks import (
     CheckpointCallback,
     EMACallback,
     GradNormCallback,
+    HistogramCallback,
     NanGuardCallback,
     OfflineLossCallback,
 )
@@ -85,9 +88,11 @@ def train(ranks, kind):
         ranks=ranks,
         lr={"default": lambda update: 0.05 / (1 + update)},
         clip_grad_norm=0.5,
+        gradients=True,
     )
     run = Run(world_size=ranks.world_size, rank=ranks.rank, forward=noether.forward(model, loss))
     state, reducer, events, logged = TrainState.from_module(model, optimizer), callbacks(), [], []
+    gradients = []
     for update in range(UPDATES):
         state, event = step(state, cut(make_batch(update, ranks.rank, ranks.world_size)))
         event = event.complete(run=run)
@@ -95,14 +100,18 @@ def train(ranks, kind):
             state.advance(samples=event.samples), event, reducer, lambda effects, *_: logged.extend(effects)
         )
         events.append((event.samples, float(event.losses["ce"]), float(event.grad_norm), dict(event.lr)))
+        gradients.append(event.gradients)
     assert {"LogScalars"} == {type(effect).__name__ for effect in logged}
-    return model, optimizer, state, events
+    return model, optimizer, state, events, [whole(each) for each in gradients]  # as later updates leave them
 
 
 def compare_updates(ranks, train_alone, kind):
-    _, _, alone, expected = train_alone
-    model, optimizer, state, events = train(ranks, kind)
-    _, _, again, _ = train(ranks, kind)
+    _, _, alone, expected, gradients_alone = train_alone
+    model, optimizer, state, events, gradients = train(ranks, kind)
+    _, _, again, _, _ = train(ranks, kind)
+    torch.testing.assert_close([dict(each) for each in gradients], [dict(each) for each in gradients_alone])
+    norms = [float(torch.nn.utils.get_total_norm(list(each.values()))) for each in gradients]
+    assert norms == pytest.approx([norm for _, _, norm, _ in events])  # before clipping
     for (*numbers, lr), (*others, other_lr) in zip(events, expected, strict=True):
         assert numbers == pytest.approx(others, rel=1e-5)
         assert lr == other_lr
@@ -168,6 +177,7 @@ def train_in_session(ranks, folder, updates):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     save = CheckpointCallback(every_n_updates=2, save_weights=True, save_optim=True)
     members = [EMACallback(every_n_epochs=1, target_factors=(0.5,)), GradNormCallback(every_n_updates=1), save]
+    members.append(HistogramCallback(every_n_updates=2, of=("gradients", "weights"), patterns=("0.*",)))
     guard = NanGuardCallback(action="rollback", every_n_updates=2, tolerance=1)
     check = OfflineLossCallback(every_n_epochs=1, dataset_key="val", weights="ema=0.5")
     loader = [make_batch(update, ranks.rank, ranks.world_size) for update in range(UPDATES)]
@@ -190,7 +200,12 @@ def train_in_session(ranks, folder, updates):
             session.update(losses)
         state = session.state
         trees = {"params": state.params, "opt": state.opt_state, "memory": state.callback_states}
-        return {key: each.value for key, each in state.metrics.items()}, dict(tensors(whole(trees)))
+    artifacts = {each.key: each.path.read_text() for each in noether.read_run(directory.path).artifacts}
+    parts = [f"{kind}/0.{part}" for kind in ("gradients", "weights") for part in ("bias", "weight")]
+    assert sorted(artifacts) == parts
+    counted = {key: sum(json.loads(text)["counts"]) for key, text in artifacts.items()}
+    assert (counted["gradients/0.weight"], counted["gradients/0.bias"]) == (6 * 33, 33)  # those of both ranks
+    return ({key: each.value for key, each in state.metrics.items()}, artifacts), dict(tensors(whole(trees)))
 
 
 def compare_sessions(ranks, folder):
@@ -199,7 +214,7 @@ def compare_sessions(ranks, folder):
     train_in_session(ranks, folder / "cut", UPDATES - 1)
     resumed_metrics, resumed = train_in_session(ranks, folder / "cut", 2 * UPDATES)
     assert metrics == resumed_metrics
-    assert metrics.keys() >= {"loss/val/ce/ema=0.5", "optim/grad_norm/max/U1"}
+    assert metrics[0].keys() >= {"loss/val/ce/ema=0.5", "optim/grad_norm/max/U1"}
     assert uncut.keys() == resumed.keys()
     for name, tensor in uncut.items():
         assert same_tensors(tensor, resumed[name]), name

@@ -164,6 +164,27 @@ def test_the_gradient_is_clipped_and_measured_after_the_sum():
         torch.testing.assert_close(params["bias"], make_step(model=Line)[1].params["bias"] - 0.1)
 
 
+def test_the_gradients_of_an_event_are_those_of_all_samples_and_stay_as_they_are():
+    rows = [[[1.0, 2.0], [0.5, -1.0]], [[3.0, 0.25]], []]  # the last rank has no samples
+
+    def work(step, state, thread):
+        batches = [batch_of(*rows[thread.ranks.rank])] if rows[thread.ranks.rank] else []
+        state, event = update(step, state, *batches)
+        before = clone_tensors(dict(event.gradients))
+        update(step, state, *batches)
+        return dict(event.gradients), before
+
+    results = run_on(3, work, optimizer=ADAMW, gradients=True, clip_grad_norm=0.1)
+    alone, state = make_step(model=Line, loss=square, optimizer=ADAMW, gradients=True)
+    expected = alone(state, [batch_of(*rows[0], *rows[1])])[1].gradients
+    for gradients, before in results:
+        assert gradients.keys() == expected.keys() == {"weight", "bias"}
+        for name, grad in gradients.items():
+            torch.testing.assert_close(grad, expected[name])
+            assert torch.equal(grad, before[name])
+            assert torch.equal(grad, results[0][0][name])
+
+
 def test_an_abandoned_update_is_left_by_all_ranks_before_it_is_applied():
     def work(step, state, thread):
         state, _ = update(step, state, batch_of([1.0, 2.0]))

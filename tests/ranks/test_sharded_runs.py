@@ -1,5 +1,7 @@
 """Runs under `trainer.parallel: shard`: they equal those with whole parameters, and resume on any number of ranks."""
 
+import json
+
 import pytest
 import torch
 from processes import run_on_ranks
@@ -35,6 +37,7 @@ def make_config(output, **trainer):
         "callbacks": [
             {"kind": f"{CALLBACKS}.EMACallback", "every_n_updates": 2, "target_factors": [0.5]},
             {"kind": f"{CALLBACKS}.GradNormCallback", "every_n_updates": 1},
+            {"kind": f"{CALLBACKS}.HistogramCallback", "every_n_updates": 1, "of": ["gradients"], "bins": 8},
             {"kind": f"{CALLBACKS}.OnlineLossCallback", "every_n_updates": 1},
             {
                 "kind": f"{CALLBACKS}.OfflineLossCallback",
@@ -51,6 +54,27 @@ def values(run, read=whole_tensor):
     """Return metrics, and params, memory of optimizer and callbacks by name."""
     trees = {"params": run.state.params, "opt": run.state.opt_state, "memory": run.state.callback_states}
     return run.metrics, {name: read(tensor).clone() for name, tensor in tensors(trees)}
+
+
+def ranges_of_gradients(directory):
+    """Return the range of the gradients of each parameter at each update, and how many values they have."""
+    ranges = {}
+    for each in noether.read_run(directory).artifacts:
+        histogram = json.loads(each.path.read_text())
+        ranges[each.key, each.point.update] = [
+            sum(histogram["counts"]),
+            histogram["edges"][0],
+            histogram["edges"][-1],
+        ]
+    return ranges
+
+
+def assert_same_gradients(directory, other):
+    one, other = ranges_of_gradients(directory), ranges_of_gradients(other)
+    assert one.keys() == other.keys()
+    assert {update for _, update in one} == {1, 2, 3}
+    for key, numbers in one.items():
+        assert numbers == pytest.approx(other[key], rel=1e-3, abs=1e-6), key
 
 
 def assert_close(one, other):
@@ -105,6 +129,8 @@ def resume_sharded(directory, folder):
 def test_sharded_runs_equal_one_process_and_resume_on_any_number_of_ranks(tmp_path):
     (directory, uncut), (_, other) = run_on_ranks(train_sharded, 2, tmp_path)
     assert_close(uncut, other)
-    assert_close(uncut, values(noether.train(make_config(tmp_path / "alone"))))
+    alone = noether.train(make_config(tmp_path / "alone"))
+    assert_close(uncut, values(alone))
+    assert_same_gradients(directory, alone.directory)
     three = run_on_ranks(resume_sharded, 3, directory, tmp_path / "three")[0]
     assert_close(values(noether.train(resume=three, overrides=[f"trainer.max_updates={END}"])), uncut)
