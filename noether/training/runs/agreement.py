@@ -70,11 +70,11 @@ def _plain_tree(values: Any) -> Any:
     return tuple(map(_plain_tree, values)) if isinstance(values, (list, tuple)) else repr(values)
 
 
-def accept(experiment: Experiment) -> None:
+def accept_all(experiment: Experiment) -> None:
     """Refuse nothing."""
 
 
-def agree_to_start(experiment: Experiment, check: CheckExperiment = accept) -> None:
+def agree_to_start(experiment: Experiment, check: CheckExperiment = accept_all) -> None:
     """Return once all ranks have built their experiment; until then none may write.
 
     Args:

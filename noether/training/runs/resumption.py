@@ -27,7 +27,7 @@ from noether.effects.disk.moves import finish_move
 from noether.effects.run_files import CONFIG_FILE
 from noether.training.experiment import build
 from noether.training.runs.agreement import (
-    accept,
+    accept_all,
     agree_to_start,
     ask_rank_0,
     describe_ranks,
@@ -73,7 +73,7 @@ def resume_run(  # noqa: PLR0913  # the options of the command line
     interruption: Interruption,
     notify: Callable[[str], None],
     find_warnings: FindWarnings = no_warnings,
-    check: CheckExperiment = accept,
+    check: CheckExperiment = accept_all,
 ) -> TrainedRun:
     """Resume a run from its newest checkpoint, or start it again if it never saved one.
 

@@ -13,7 +13,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.loop import dispatch
 from noether.distributed.ranks import leave_at_end
 from noether.training.experiment import build
-from noether.training.runs.agreement import accept, agree_to_start, ask_rank_0, join_ranks, open_on_ranks
+from noether.training.runs.agreement import accept_all, agree_to_start, ask_rank_0, join_ranks, open_on_ranks
 from noether.training.runs.execution import make_trainer
 from noether.training.runs.services import add_handlers
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @leave_at_end()
-def smoke_test(config: Config, check: CheckExperiment = accept) -> None:
+def smoke_test(config: Config, check: CheckExperiment = accept_all) -> None:
     """Make one update, one evaluation and one save that is loaded again; nothing stays on the disk.
 
     Of several ranks, rank 0 has the folder and loads from it.

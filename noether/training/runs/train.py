@@ -24,7 +24,7 @@ from noether.effects.disk.files import make_directories, replace_text
 from noether.effects.run_files import CONFIG_FILE
 from noether.training.experiment import build
 from noether.training.runs.agreement import (
-    accept,
+    accept_all,
     agree_to_start,
     ask_rank_0,
     describe_ranks,
@@ -156,7 +156,7 @@ def start_run(
     interruption: Interruption,
     notify: Callable[[str], None],
     find_warnings: FindWarnings = no_warnings,
-    check: CheckExperiment = accept,
+    check: CheckExperiment = accept_all,
 ) -> TrainedRun:
     """Train a configuration in a new run directory; a process that torchrun restarts resumes the run that it began.
 
