@@ -49,7 +49,7 @@ def wide_rows(settings: Iterable[Setting]) -> Table:
     """Return a table with a column for each of name, type, default and text."""
     table = Table("setting", "type", "default", "description", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for each in settings:
-        table.add_row(*map(_cell, (each.name, each.type, default_of(each), each.text)))
+        table.add_row(*map(_cell, (each.name, each.kind, default_of(each), each.text)))
     return table
 
 
@@ -58,7 +58,7 @@ def narrow_rows(settings: Iterable[Setting]) -> Table:
     table = Table("setting", "description", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for each in settings:
         default = "required" if each.default is None else f"default {each.default}"
-        table.add_row(Text(each.name), _cell(f"{each.type}; {default}\n{each.text}"))
+        table.add_row(Text(each.name), _cell(f"{each.kind}; {default}\n{each.text}"))
     return table
 
 

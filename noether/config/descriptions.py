@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
 
+from noether.config.bounds import find_bounds
 from noether.config.compatibility import current_path, translation_of
 from noether.config.docstrings import SECTION, Setting, argument_texts, docstring_of, inherited_texts, make_setting
 from noether.config.errors import InvalidValueError
+from noether.config.objects.callables import is_from
 from noether.config.objects.function_callback import FunctionCallbackFactory
 from noether.config.objects.import_policy import import_allowed
 from noether.config.objects.kinds import CALLBACK, OPTIMIZER, resolve
@@ -72,7 +75,8 @@ def describe(kind: str, allow: Sequence[str] = ()) -> Description:
 
     Example:
         >>> describe("ReduceLROnPlateauCallback").settings[2]
-        Setting(name='factor', type='number', default='0.1', text='Factor for the learning rate, in (0, 1).')
+        Setting(name='factor', type='number', default='0.1', text='Factor for the learning rate, in (0, 1).',
+                bounds='above 0 and below 1')
     """
     path = kind if "." in kind else f"{PREFIX}.{kind}"
     try:
@@ -131,6 +135,11 @@ def _settings(target: Any) -> tuple[Setting, ...]:
     for owner in target.__mro__:
         own = [name for name in vars(owner).get("__annotations__", {}) if name in known and name not in settings]
         settings |= {name: make_setting(known[name], texts) for name in own}
+    if is_from(target, "noether"):  # a constructor of the user's is not called for a description
+        settings = {
+            name: dataclasses.replace(each, bounds=str(find_bounds(target, name, known[name].annotation)))
+            for name, each in settings.items()
+        }
     return tuple(sorted(settings.values(), key=lambda setting: setting.default is not None))
 
 

@@ -35,12 +35,19 @@ class Setting:
         type: Its type in words, such as `list of number`.
         default: Its default in YAML; None if it is required.
         text: Its documentation, or an empty text.
+        bounds: The range of a number, such as `at least 1`, or an empty text.
     """
 
     name: str
     type: str
     default: str | None
     text: str
+    bounds: str = ""
+
+    @property
+    def kind(self) -> str:
+        """Its type and range in words, such as `whole number, at least 1`."""
+        return ", ".join(filter(None, (self.type, self.bounds)))
 
 
 def make_setting(parameter: inspect.Parameter, texts: Mapping[str, str]) -> Setting:

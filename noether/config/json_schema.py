@@ -18,7 +18,7 @@ from noether.config.default_callbacks import DEFAULT
 from noether.config.docstrings import argument_texts, docstring_of, inherited_texts
 from noether.config.init_settings import InitSettings
 from noether.config.objects.kinds import SAMPLER, Kind
-from noether.config.optimizer_settings import OptimizerSettings, ScheduleSettings
+from noether.config.optimizer_settings import SETTINGS_OF_KIND, OptimizerSettings, ScheduleSettings
 from noether.config.reference import fields_in_yaml, read_sections, section_in
 from noether.config.schema import Config, Dataset, EvaluateSettings, TrainerSettings
 from noether.config.structure.signatures import parameters
@@ -89,11 +89,16 @@ def _complete(section: type, schema: Schema) -> Schema:
     properties = schema["properties"]
     if section is EvaluateSettings:
         del properties["NAME"]
-        metrics = {"type": "array", "items": _PATH_OR_KIND, "minItems": 1}
+        from noether.core.callbacks.metric_functions import METRICS
+
+        # The loader leaves other names to the callback that measures them.
+        metrics = {"type": "array", "items": {"anyOf": [{"enum": ["loss", *METRICS]}, _PATH_OR_KIND]}, "minItems": 1}
         return schema | {"required": [], "additionalProperties": _or_reference(metrics)}
     if section is OptimizerSettings:
         return schema | {"required": ["kind", "lr"]}
     if section is ScheduleSettings:
+        path = {"type": "string", "pattern": "[.]"}
+        properties["kind"] |= _or_reference({"enum": [*SETTINGS_OF_KIND]}, path, _KIND)
         has_path = {"properties": {"kind": {"type": "string", "pattern": r"[.]|\$\{"}}, "required": ["kind"]}
         return schema | {"if": has_path, "else": {"propertyNames": {"enum": [*properties]}}}
     if section is Config:
@@ -162,7 +167,7 @@ def _forms(annotation: Any, bounds: Schema) -> list[Schema]:
     if origin is typing.Literal:
         return [{"enum": list(inside)}]
     if origin in (tuple, list, Collection) and (len(inside) == 2 and inside[1] is Ellipsis):  # noqa: PLR2004  # tuple[X, ...]
-        return [{"type": "array", "items": _value(inside[0], {})}]
+        return [{"type": "array", "items": _value(inside[0], bounds)}]
     if origin is Mapping:
         return [{"type": "object"}]
     if (inner := section_in(annotation)) and inner.__module__.startswith("noether.config."):
@@ -172,9 +177,13 @@ def _forms(annotation: Any, bounds: Schema) -> list[Schema]:
 
 def _range(section: type, field: str, annotation: Any) -> Schema:
     bounds = find_bounds(section, field, annotation)
-    if bounds.minimum is None:
-        return {}
-    return {"exclusiveMinimum" if bounds.exclusive else "minimum": bounds.minimum}
+    limits = {
+        "minimum": bounds.at_least,
+        "exclusiveMinimum": bounds.above,
+        "maximum": bounds.at_most,
+        "exclusiveMaximum": bounds.below,
+    }
+    return {keyword: limit for keyword, limit in limits.items() if limit is not None}
 
 
 def _callbacks() -> Schema:
@@ -203,7 +212,7 @@ def _settings_of_callback(target: Any) -> Schema:
     if not isinstance(target, type):
         return {}
     for name, parameter in parameters(target).items():
-        forms = [*_forms(parameter.annotation, {}), {"type": "null"}]
+        forms = [*_forms(parameter.annotation, _range(target, name, parameter.annotation)), {"type": "null"}]
         properties[name] = {"anyOf": [*forms, _REFERENCE], "description": texts.get(name, "")}
     translation = translation_of(target)
     for name in (*translation.renamed, *translation.ignored, *translation.replaced):

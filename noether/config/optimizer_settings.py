@@ -154,11 +154,11 @@ class ScheduleSettings:
 
     @property
     def _settings_of_kind(self) -> tuple[str, ...]:
-        return ("length",) if self.factor is not None else _SETTINGS_OF_KIND.get(self.label, ())
+        return ("length",) if self.factor is not None else SETTINGS_OF_KIND.get(self.label, ())
 
     def _value_problems(self) -> Iterator[Problem | None]:
         if self.factor is None:
-            yield check_choice("kind", self.kind, _SETTINGS_OF_KIND)
+            yield check_choice("kind", self.kind, SETTINGS_OF_KIND)
         else:
             try:
                 for progress in (0.0, 0.5, 1.0):
@@ -173,11 +173,11 @@ class ScheduleSettings:
         yield _check_increasing("milestone_updates", self.milestone_updates)
 
     def _kind_problems(self) -> Iterator[Problem]:
-        if self.factor is None and self.kind not in _SETTINGS_OF_KIND:
+        if self.factor is None and self.kind not in SETTINGS_OF_KIND:
             return
         for name in ("length", "end_factor", "power", "gamma", "milestone_epochs", "milestone_updates"):
             if name not in self._settings_of_kind and getattr(self, name) not in (None, ()):
-                kinds = " and ".join(kind for kind, names in _SETTINGS_OF_KIND.items() if name in names)
+                kinds = " and ".join(kind for kind, names in SETTINGS_OF_KIND.items() if name in names)
                 yield Problem(name, f"is a setting of {kinds}, and kind is {self.label}; remove it or change kind")
         if self.kind == "step" and bool(self.milestone_epochs) == bool(self.milestone_updates):
             yield Problem("milestone_epochs", "step needs either milestone_epochs or milestone_updates, e.g. [30, 60]")
@@ -194,13 +194,14 @@ class ScheduleSettings:
 SETTINGS_OF_ALL: Final = ("length", "warmup_updates", "warmup_epochs", "warmup_start_factor")
 """Settings beside the dotted path of a function that are not those of the function."""
 
-_SETTINGS_OF_KIND: Final[Mapping[str, tuple[str, ...]]] = {
+SETTINGS_OF_KIND: Final[Mapping[str, tuple[str, ...]]] = {
     "constant": (),
     "linear": ("length", "end_factor"),
     "cosine": ("length", "end_factor"),
     "step": ("gamma", "milestone_epochs", "milestone_updates"),
     "polynomial": ("length", "end_factor", "power"),
 }
+"""Settings beside the name of a kind of schedule that are not those of all schedules."""
 
 
 def call_factor(factor: Callable[[float], float], progress: float, label: str) -> float:

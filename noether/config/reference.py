@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, final
 
-from noether.config.bounds import describe_bounds
+from noether.config.bounds import find_bounds
 from noether.config.changes import MAY_CHANGE
 from noether.config.compatibility import SECTIONS, TRAINER
 from noether.config.docstrings import SECTION, Setting, argument_texts, docstring_of, make_setting
@@ -36,14 +36,12 @@ class Entry:
 
     Args:
         name: Its dotted name, as after `--set`; `NAME` stands for a key that the user chooses, `N` for an index.
-        setting: Its name in its section, type, default and text.
-        bounds: The range of a number, such as `at least 1`, or an empty text.
+        setting: Its name in its section, type, default, text and range.
         settings: What is in it; empty for a setting.
     """
 
     name: str
     setting: Setting
-    bounds: str = ""
     settings: tuple[Entry, ...] = ()
 
     @property
@@ -72,7 +70,7 @@ def find_entry(name: str) -> Entry:
         InvalidValueError: If there is none; the message contains the nearest name, or what replaces an older one.
 
     Example:
-        >>> find_entry("trainer.max_batch_size").bounds
+        >>> find_entry("trainer.max_batch_size").setting.bounds
         'at least 1'
         >>> find_entry("trainer.max_bacth_size")
         Traceback (most recent call last):
@@ -136,12 +134,13 @@ def _entry(name: str, setting: Setting, section: type, field: str) -> Entry:
     if inner is None:
         if section is EvaluateSettings and key == _KEY:
             setting = dataclasses.replace(setting, type="list of metrics")
-        setting = dataclasses.replace(setting, name=key, default=default)
-        return Entry(name, setting, describe_bounds(section, field, annotation), _open_settings(name))
+        bounds = str(find_bounds(section, field, annotation))
+        setting = dataclasses.replace(setting, name=key, default=default, bounds=bounds)
+        return Entry(name, setting, _open_settings(name))
     listed = typing.get_origin(annotation) is tuple
     default = default if default in {None, "null", "[]"} else "{}"
     setting = dataclasses.replace(setting, name=key, type="list of sections" if listed else "section", default=default)
-    return Entry(name, setting, "", _entries(inner, f"{name}.{_INDEX}" if listed else name))
+    return Entry(name, setting, _entries(inner, f"{name}.{_INDEX}" if listed else name))
 
 
 def _open_settings(name: str) -> tuple[Entry, ...]:
@@ -152,7 +151,7 @@ def _open_settings(name: str) -> tuple[Entry, ...]:
     count = make_setting(parameters(Config)["batch_size"], texts)
     dataset = Setting(_KEY, "a dataset: `kind` and settings", None, "A dataset; training uses `train`.")
     kind = Setting("kind", "dotted path", None, "Dotted path of a class or function; its settings are beside it.")
-    return (Entry("data.batch_size", count), Entry("data.NAME", dataset, "", (Entry("data.NAME.kind", kind),)))
+    return (Entry("data.batch_size", count), Entry("data.NAME", dataset, (Entry("data.NAME.kind", kind),)))
 
 
 def section_in(annotation: Any) -> type | None:

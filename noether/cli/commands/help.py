@@ -53,7 +53,7 @@ def _list_sections() -> None:
 def _show_entry(name: str, entry: Entry) -> None:
     setting = entry.setting
     required = "required" if setting.default is None else f"default {setting.default}"
-    echo(f"{name}: {', '.join(filter(None, (setting.type, entry.bounds, required)))}\n")
+    echo(f"{name}: {setting.kind}, {required}\n")
     echo(wrap(_one_line(section_text(entry.name)) or setting.text))
     if entry.settings:
         echo("")
@@ -66,8 +66,7 @@ def _show_entry(name: str, entry: Entry) -> None:
 
 def _summarize_settings(entries: Sequence[Entry]) -> Iterator[Setting]:
     for each in entries:
-        kind = ", ".join(filter(None, (each.setting.type, each.bounds)))
-        yield dataclasses.replace(each.setting, type=kind, text=first_sentence(each.setting.text))
+        yield dataclasses.replace(each.setting, text=first_sentence(each.setting.text))
 
 
 def _notes(name: str, entry: Entry) -> Iterator[str]:
@@ -139,7 +138,7 @@ def _show_callback(name: str, allow: Sequence[str]) -> None:
         raise InvalidValueError(f"{kind} has no setting {key!r}{suggest(key, settings)}")
     found = settings[key]
     required = "required" if found.default is None else f"default {found.default}"
-    echo(f"callbacks.{kind}.{key}: {found.type}, {required}\n")
+    echo(f"callbacks.{kind}.{key}: {found.kind}, {required}\n")
     echo(wrap(found.text))
     echo("\nA resumed run may change it.")
 
