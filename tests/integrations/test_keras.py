@@ -1,6 +1,8 @@
 """The same callbacks in `fit` of Keras 3 on torch: the same effects and weights, and every resume is exact."""
 
+import json
 import os
+from contextlib import suppress
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
@@ -31,6 +33,7 @@ from noether.core.callbacks import (
     OnlineLossCallback,
 )
 from noether.core.callbacks.base import CallbackBase
+from noether.effects.console.other_bars import others_draw
 from noether.integrations.keras.callback import NoetherCallback
 from noether.integrations.keras.module import KerasModule
 from noether.integrations.keras.optimizer import KerasOptimizer
@@ -562,3 +565,21 @@ def test_a_data_set_may_change_its_length_between_epochs(caplog):
     classifier(sgd()).fit(Changing(), epochs=3, verbose=0, callbacks=[callback])
     assert callback.session.state.iteration.epoch == 3
     assert "the session ignores updates_per_epoch" in caplog.text
+
+
+def test_an_error_in_fit_is_recorded_below_the_bar_of_keras(tmp_path, capsys):
+    class Failing(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 3:
+                raise ValueError("mine")
+
+    x, y = stack(POINTS)
+    with suppress(ValueError), open_run(tmp_path / "run") as directory:
+        callback = NoetherCallback(OnlineLossCallback(every_n_updates=1), directory=directory)
+        classifier().fit(x, y, batch_size=SIZE, epochs=1, verbose=1, callbacks=[callback, Failing()])
+    lines = capsys.readouterr().out.splitlines()
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["status"], summary["ending"]) == ("failed", "failed at E0_U3_S6: ValueError: mine")
+    assert [line.split()[1] for line in lines if line.startswith("model ")] == ["Sequential,"]
+    assert [line.split()[:2] for line in lines if "ending" in line] == [["ending", "failed"]]
+    assert not others_draw()

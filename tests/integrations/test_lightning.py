@@ -1,5 +1,8 @@
 """noether's callbacks in Lightning's trainer, beside noether's own trainer on the same batches."""
 
+import json
+from contextlib import suppress
+
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,7 +24,7 @@ from reference import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-from noether import AfterUpdate, Run, compose, on
+from noether import AfterUpdate, Run, compose, on, open_run
 from noether.core.callbacks import (
     CheckpointCallback,
     FixedUpdateEarlyStopping,
@@ -472,3 +475,31 @@ def test_the_accumulation_may_change_between_epochs():
     trainer.fit(module, DataLoader(points(32), batch_size=4))
     assert trainer.global_step == noether.session.state.iteration.update == 8 + 2 + 2
     assert noether.session.state.iteration.epoch == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "ending"),
+    [(ValueError("mine"), "failed", "failed at E0_U1_S4: ValueError: mine"), (None, "finished", None)],
+    ids=["error", "end"],
+)
+def test_a_run_says_how_fit_ended_and_shows_its_panels_once(tmp_path, capsys, error, status, ending):
+    class Failing(Module):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1 and error is not None:
+                raise error
+            return super().training_step(batch, batch_idx)
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    with suppress(ValueError), open_run(tmp_path / "run") as directory:
+        callback = NoetherCallback(OnlineLossCallback(every_n_epochs=1), directory=directory)
+        trainer = Trainer(max_epochs=1, callbacks=[callback], enable_checkpointing=False, **quiet)
+        trainer.fit(Failing(), DataLoader(points(12), batch_size=4))
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert (summary["status"], summary["ending"]) == (status, ending)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("model ")] == ["Failing,"]
+    assert [line.partition("  ")[2].strip() for line in lines if line.startswith("ending ")] == [
+        ending or "ended at E1_U3_S12"
+    ]
+    (times,) = summary["phases"].values()
+    assert times["updates"] == (3 if error is None else 1)

@@ -35,8 +35,8 @@ def removed_bars(file: IO[str]) -> AbstractContextManager[Any]:
     Args:
         file: Where the lines go that are written in the context.
     """
-    if _ANNOUNCED and _is_terminal(file):
-        file.write("\r\x1b[2K")
+    if _ANNOUNCED:
+        file.write("\r\x1b[2K" if _is_terminal(file) else "\n")
     tqdm = _find_tqdm()
     if tqdm is None or not _tqdm_bars():
         return nullcontext()

@@ -117,7 +117,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         run: Run = _RUN,
     ) -> None:
         super().__init__()
-        self._run, self._remembered = run, remembered
+        self._run, self._remembered, self._directory = run, remembered, directory
         self._make_session = partial(
             Session, callbacks, directory=directory, interpreter=interpreter, data=data, seed=seed, clock=clock
         )
@@ -125,6 +125,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         self._optimizer: KerasOptimizer | KerasOptimizers | None = None
         self._losses: list[Tensor] = []
         self._awaits_loss = False
+        self._shows_bar = False
 
     @property
     def session(self) -> Session:
@@ -161,7 +162,10 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         session.load()
         optimizer.check_update_boundary()
         _check_position(session.state, fill_run(session.run, end=end, updates_per_epoch=updates), updates)
-        announce_bar(self, is_shown=self.params.get("verbose") in {1, "auto"})
+        self._shows_bar = self.params.get("verbose") in {1, "auto"}
+        announce_bar(self, is_shown=self._shows_bar)
+        if self._directory is not None:
+            self._directory.exit.add(self._end_bar)
         session.begin(end=end, updates_per_epoch=updates)
         self._override_compute_loss()
         # As keras.callbacks.BackupAndRestore does; after the last epoch nothing is left to train.
@@ -212,7 +216,15 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
             self.session.end()
         else:
             self.session.close()
+        self._shows_bar = False
         announce_bar(self, is_shown=False)
+
+    def _end_bar(self, error: BaseException | None) -> None:  # as a run directory calls it
+        """End the line of the bar where an exception ends `fit`, for which Keras calls no callback."""
+        if self._shows_bar:
+            self._shows_bar = False
+            announce_bar(self, is_shown=False)
+            print()  # noqa: T201  # below the bar of Keras
 
     def _session_and_optimizer(self) -> tuple[Session, KerasOptimizer | KerasOptimizers]:
         """Return the session and the optimizer, created at the first call because Keras sets the model late."""

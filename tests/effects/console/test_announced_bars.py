@@ -1,6 +1,7 @@
 """A bar that a framework draws again from the beginning of the line, as Keras does."""
 
 import io
+import sys
 
 import pyte
 
@@ -32,11 +33,13 @@ def test_a_line_replaces_the_bar_and_the_bar_comes_below_it():
     assert not others_draw()
 
 
-def test_without_a_terminal_nothing_is_cleared(capsys):
+def test_without_a_terminal_a_line_begins_below_the_bar_and_nothing_is_cleared(capsys):
     owner = object()
     announce_bar(owner, is_shown=True)
     try:
+        sys.stdout.write("9/20 =====")
         Console().write_text(LogText("plain"), TrainState(), AfterTraining())
     finally:
         announce_bar(owner, is_shown=False)
-    assert "\x1b" not in capsys.readouterr().out
+    bar, line = capsys.readouterr().out.splitlines()
+    assert (bar, line.split()[-1]) == ("9/20 =====", "plain")
