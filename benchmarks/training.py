@@ -310,7 +310,7 @@ def lightning(task: Task) -> Train:
             super().__init__()
             self.model = copy.deepcopy(task.model)
 
-        def training_step(self, batch: Any, index: int) -> Tensor:  # noqa: ARG002
+        def training_step(self, batch: Any, index: int) -> Tensor:  # noqa: ARG002  # Lightning passes it by name
             return functional.cross_entropy(self.model(batch[0]), batch[1])
 
         def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -81,7 +81,7 @@ def preserve_generators(*generators: Any) -> Iterator[None]:
         True
     """
     cpu, numbers, python = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  # as above
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch has no type here
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     states = [_state_of(generator) for generator in generators]
     try:

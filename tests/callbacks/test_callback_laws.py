@@ -99,7 +99,7 @@ def test_every_callback_is_a_pure_function(interval, n, at_end):
         for member in members:
             before, (state, more) = state, call_purely(member, state, event)  # noqa: PLW2901  # a fold, as the reducer's
             if state.stop is not None and before.stop is None:
-                state = state.replace(stopped_by=label_of(member))  # noqa: PLW2901
+                state = state.replace(stopped_by=label_of(member))  # noqa: PLW2901  # a fold, as the reducer's
             requests += more
             if more:
                 acted.add(type(member))

@@ -86,7 +86,7 @@ def test_the_readme_shows_callbacks_under_their_category():
 
 def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(AttributeError, match="has no attribute 'LrCalback'; did you mean 'LrCallback'"):
-        callbacks.LrCalback  # noqa: B018
+        callbacks.LrCalback  # noqa: B018  # the access is tested
 
 
 @pytest.mark.parametrize("canonical", SHIPPED)

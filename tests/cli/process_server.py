@@ -265,7 +265,7 @@ def _run():
         traceback.print_exc()
         code = 1
     threading._shutdown()  # noqa: SLF001  # waits for threads, as Python does
-    atexit._run_exitfuncs()  # noqa: SLF001
+    atexit._run_exitfuncs()  # noqa: SLF001  # the process ends without them otherwise
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -23,7 +23,7 @@ def test_a_pickled_callback_decides_the_same(name):
     expected = module_callbacks.texts_of_a_run(example)
     assert any("Log" in text for text in expected)
     for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
-        assert module_callbacks.texts_of_a_run(pickle.loads(pickle.dumps(example, protocol))) == expected  # noqa: S301
+        assert module_callbacks.texts_of_a_run(pickle.loads(pickle.dumps(example, protocol))) == expected  # noqa: S301  # the bytes are from here
 
 
 @pytest.mark.parametrize("name", module_callbacks.EXAMPLES)
@@ -43,8 +43,8 @@ def test_callbacks_of_a_function_are_copied_and_their_captured_values_with_them(
 
 def test_a_decorated_function_of_a_module_is_pickled_by_name():
     for decorated in (module_callbacks.gated, module_callbacks.tracked, module_callbacks.Group.inner):
-        assert pickle.loads(pickle.dumps(decorated)) is decorated  # noqa: S301
-    assert pickle.loads(pickle.dumps(compose(module_callbacks.gated))).members == (module_callbacks.gated,)  # noqa: S301
+        assert pickle.loads(pickle.dumps(decorated)) is decorated  # noqa: S301  # the bytes are from here
+    assert pickle.loads(pickle.dumps(compose(module_callbacks.gated))).members == (module_callbacks.gated,)  # noqa: S301  # the bytes are from here
 
 
 def test_a_callback_without_a_name_in_a_module_is_refused_with_its_name():
@@ -73,6 +73,6 @@ def test_a_spawned_process_decides_the_same():
 )
 def test_an_error_of_a_spawned_process_says_the_same_in_its_parent(error):
     error.add_note("raised by the callback 'say'")
-    loaded = pickle.loads(pickle.dumps(error))  # noqa: S301
+    loaded = pickle.loads(pickle.dumps(error))  # noqa: S301  # the bytes are from here
     assert (type(loaded), str(loaded), loaded.__notes__) == (type(error), str(error), error.__notes__)
     assert vars(loaded).keys() == vars(error).keys()

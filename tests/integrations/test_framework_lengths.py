@@ -28,12 +28,12 @@ def new_accelerator():
 
     def make(**settings):
         AcceleratorState._reset_state(True)  # noqa: SLF001  # as accelerate's own tests do
-        GradientState._reset_state()  # noqa: SLF001
+        GradientState._reset_state()  # noqa: SLF001  # Accelerate has no public reset
         return Accelerator(cpu=True, **settings)
 
     yield make
-    AcceleratorState._reset_state(True)  # noqa: SLF001
-    GradientState._reset_state()  # noqa: SLF001
+    AcceleratorState._reset_state(True)  # noqa: SLF001  # Accelerate has no public reset
+    GradientState._reset_state()  # noqa: SLF001  # Accelerate has no public reset
 
 
 @pytest.mark.parametrize("cut", [None, 1, 2, 3, 4, 5])

@@ -302,12 +302,12 @@ def uncut_folder(tmp_path_factory):
 
 def draw(*held):
     own = [each.random() if hasattr(each, "random") else torch.rand(1, generator=each).item() for each in held]
-    return [torch.rand(1).item(), np.random.rand(), random.random(), *own]  # noqa: NPY002, S311
+    return [torch.rand(1).item(), np.random.rand(), random.random(), *own]  # noqa: NPY002, S311  # the global and the older generators are tested
 
 
 def test_states_of_generators_are_restored_through_a_checkpoint():
     model, data = network(), loader()
-    held = [torch.Generator(), np.random.default_rng(3), np.random.RandomState(4), random.Random(5)]  # noqa: S311
+    held = [torch.Generator(), np.random.default_rng(3), np.random.RandomState(4), random.Random(5)]  # noqa: S311  # the global and the older generators are tested
     model.held, data.held = held[:2], held[2:]
     states = GeneratorStates(model, data)
     draw(*held)

@@ -31,7 +31,7 @@ class RandomResults(PeriodicDataIteratorCallback):
 
     def process_data(self, state, batch, forward):
         first, samples = int(batch[0]), len(batch)
-        draw = random.Random(f"{self.seed} {first}")  # noqa: S311
+        draw = random.Random(f"{self.seed} {first}")  # noqa: S311  # no secret is drawn
         kinds = random.Random(self.seed)  # noqa: S311  # what all batches share
         noise = torch.rand(samples)  # as of dropout: the trainer's data seeds it for each batch
         dtype = kinds.choice([torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -68,7 +68,7 @@ def results_have_the_bits_of_one_process():
     ranks = join(timeout_s=60)
     measured = 0
     for seed in range(SEEDS):
-        draw = random.Random(seed)  # noqa: S311
+        draw = random.Random(seed)  # noqa: S311  # no secret is drawn
         length, batch_size = draw.randint(1, 23) if seed else 1, draw.choice([None, 1, 2, 3, 5])
         data = {"val": EvaluationData(Collated(range(length)), seed=seed, batch_size=4, num_workers=seed == 1)}
         callback = RandomResults(every_n_epochs=1, dataset_key="val", batch_size=batch_size, seed=seed)
@@ -81,7 +81,7 @@ def results_have_the_bits_of_one_process():
             callback = RandomResults(every_n_epochs=1, dataset_key="val", seed=seed)
             assert_same(evaluate(callback, run), evaluate(callback, Run(data=run.data, forward=None)))
     for seed in range(SEEDS):
-        draw = random.Random(seed)  # noqa: S311
+        draw = random.Random(seed)  # noqa: S311  # no secret is drawn
         track_random_outputs(draw, ranks)
     return measured
 

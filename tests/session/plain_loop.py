@@ -34,7 +34,7 @@ class Points(Dataset):
 
     def __getitem__(self, index):
         x = self.inputs[index]
-        noise = torch.rand(3) + torch.from_numpy(np.random.rand(3)).float() + random.random()  # noqa: NPY002, S311
+        noise = torch.rand(3) + torch.from_numpy(np.random.rand(3)).float() + random.random()  # noqa: NPY002, S311  # the global generators are tested
         return x + 0.01 * noise, (x.sum() > 0).long()
 
 

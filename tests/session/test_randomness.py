@@ -49,7 +49,7 @@ def test_seed_torch_begins_the_stream_of_manual_seed(seed):
 
 
 def draw():
-    return torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random() for _ in range(4)]  # noqa: NPY002, S311
+    return torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random() for _ in range(4)]  # noqa: NPY002, S311  # the global generators are tested
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1])

@@ -148,7 +148,7 @@ def train(loader, *callbacks, lines=None, **settings):
     seen = []
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    interpreter = lambda effects, state, event: seen.append((type(event), str(state.iteration), effects))  # noqa: E731
+    interpreter = lambda effects, state, event: seen.append((type(event), str(state.iteration), effects))  # noqa: E731  # the test reads better in one line
     session = noether.Session(callbacks, model=model, optimizer=optimizer, interpreter=interpreter, **settings)
     for x, _ in session.batches(loader):
         optimizer.step()
@@ -231,7 +231,7 @@ def test_an_epoch_without_batches_is_refused():
 
 def test_a_loop_of_a_framework_counts_epochs_as_it_reports_them(caplog):
     seen = []
-    record = lambda effects, state, event: seen.append((type(event), str(state.iteration)))  # noqa: E731
+    record = lambda effects, state, event: seen.append((type(event), str(state.iteration)))  # noqa: E731  # the test reads better in one line
     session = noether.Session([], model=torch.nn.Linear(2, 1), interpreter=record)
     session.begin(updates_per_epoch=2)
     for updates in (2, 1, 3):
@@ -258,7 +258,7 @@ def test_a_loop_of_a_framework_counts_epochs_as_it_reports_them(caplog):
 
 def test_gradients_that_are_carried_over_the_end_of_an_epoch_are_named_once(caplog):
     seen = []
-    record = lambda effects, state, event: seen.append((type(event), str(state.iteration)))  # noqa: E731
+    record = lambda effects, state, event: seen.append((type(event), str(state.iteration)))  # noqa: E731  # the test reads better in one line
     session = noether.Session([], model=torch.nn.Linear(2, 1), interpreter=record)
     session.begin()
     for _ in range(2):

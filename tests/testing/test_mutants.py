@@ -249,8 +249,8 @@ IMPURE = {
     "database": (does(lambda s, e: DATABASE.execute("select 1")), r"does I/O: sqlite3.Connection.execute\(\)"),
     "print to a stream": (does(lambda s, e, f=STREAM: print("x", file=f)), r"does I/O: print\(\)"),  # the fault
     "os.write": (does(lambda s, e: os.write(STREAM.fileno(), b"x")), "does I/O"),
-    "os.mkdir": (does(lambda s, e: os.mkdir(f"{PATH}.d")), r"does I/O: os.mkdir\(\)"),  # noqa: PTH102
-    "open": (does(lambda s, e: builtins.open(PATH)), r"does I/O: open"),  # noqa: PTH123, SIM115
+    "os.mkdir": (does(lambda s, e: os.mkdir(f"{PATH}.d")), r"does I/O: os.mkdir\(\)"),  # noqa: PTH102  # the call itself is tested
+    "open": (does(lambda s, e: builtins.open(PATH)), r"does I/O: open"),  # noqa: PTH123, SIM115  # the call itself is tested
     "torch.save": (does(lambda s, e: torch.save({"a": 1}, f"{PATH}.pt")), "does I/O"),
     "save_file": (does(lambda s, e: save_file({"a": torch.ones(1)}, f"{PATH}.safetensors")), "does I/O"),
     "load_file": (does(lambda s, e: load_file(f"{PATH}.safetensors")), "does I/O"),

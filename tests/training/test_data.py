@@ -46,7 +46,7 @@ class Augmenting(Dataset):
         return self._length
 
     def __getitem__(self, index):
-        return index, torch.rand(2), np.random.rand(2), random.random(), torch.randn(1)  # noqa: NPY002, S311
+        return index, torch.rand(2), np.random.rand(2), random.random(), torch.randn(1)  # noqa: NPY002, S311  # the global generators are tested
 
 
 class Collating(Augmenting):
@@ -210,7 +210,7 @@ def test_two_workers_load_the_same_batches_as_none(length, start, batch_settings
 
 
 def states():
-    numpy_state = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
+    numpy_state = np.random.get_state(legacy=False)["state"]  # noqa: NPY002  # the global generators are tested
     return torch.default_generator.get_state().tolist(), numpy_state["key"].tolist(), random.getstate()
 
 

@@ -177,7 +177,7 @@ def make_trainer(dataset, end, heard, members=(), workers=0):
     )
     step, state = make_step(norm=nn.LayerNorm, grad_norm=True)  # batch norm cannot train on one sample
     reducer = compose(*members)
-    interpreter = lambda effects, state, event: heard.extend((str(state.iteration), effect) for effect in effects)  # noqa: E731
+    interpreter = lambda effects, state, event: heard.extend((str(state.iteration), effect) for effect in effects)  # noqa: E731  # the test reads better in one line
     return Trainer(run=run, step=step, data=data, reducer=reducer, interpreter=interpreter, clock=STILL), state
 
 
@@ -253,7 +253,7 @@ def test_a_run_without_any_usable_sample_ends_with_an_error(end):
 @pytest.mark.parametrize("empty", EMPTY.values(), ids=EMPTY)
 def test_an_empty_batch_adds_nothing_to_an_evaluation(empty):
     batches = [make_batch(0), make_batch(1, 2)]
-    error = lambda outputs, batch: (outputs["out"] - batch[1]).abs().mean()  # noqa: E731
+    error = lambda outputs, batch: (outputs["out"] - batch[1]).abs().mean()  # noqa: E731  # the test reads better in one line
     reducer = compose(
         OfflineLossCallback(every_n_epochs=1, dataset_key="val", output_patterns_to_log=("drift",)),
         MetricCallback(every_n_epochs=1, dataset_key="val", metric=error),

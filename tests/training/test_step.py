@@ -454,7 +454,7 @@ def test_observe_sees_every_micro_batch_with_nothing_applied():
 def snapshot(*trees):
     """Return identities, write counts and copies of all tensors of `trees`; any write to one changes them."""
     found = [tensor for tree in trees for _, tensor in tensors(tree)]
-    counted = [(id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad) for tensor in found]  # noqa: SLF001
+    counted = [(id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad) for tensor in found]  # noqa: SLF001  # torch has no public name for it
     return counted, [tensor.clone() for tensor in found]
 
 

@@ -75,7 +75,7 @@ class CallbackBase:
     def __init_subclass__(cls, **options: Any) -> None:  # options of a metaclass, such as ABCMeta
         super().__init_subclass__(**options)
         dataclass(frozen=True, kw_only=True)(cls)
-        cls.__setattr__ = _refuse_assignment  # type: ignore[method-assign,assignment]
+        cls.__setattr__ = _refuse_assignment  # type: ignore[method-assign,assignment]  # mypy allows no change of a method
         readings = vars(cls).get("readings")
         if isinstance(readings, tuple):  # a property is checked on the instance
             raise_problems(check_reading(cls.__name__, name) for name in readings)

@@ -214,7 +214,7 @@ def _merges_of(metric: Any) -> dict[str, Merge] | None:
     if metric.full_state_update is not False or any(map(is_metric, metric.children())):
         return None
     reductions = metric._reductions  # noqa: SLF001  # it has no public name
-    merges = {name: _merge_of(default, reductions[name]) for name, default in metric._defaults.items()}  # noqa: SLF001
+    merges = {name: _merge_of(default, reductions[name]) for name, default in metric._defaults.items()}  # noqa: SLF001  # torchmetrics has no public list of states
     known = {name: merge for name, merge in merges.items() if merge is not None}
     return known if known and len(known) == len(merges) else None
 

@@ -37,14 +37,14 @@ class Countable(Protocol):
     window: Window
 
     @property
-    def counter(self) -> Counter: ...  # noqa: D102
+    def counter(self) -> Counter: ...  # noqa: D102  # OneCounter documents it
     @property
-    def interval(self) -> int | None: ...  # noqa: D102
+    def interval(self) -> int | None: ...  # noqa: D102  # OneCounter documents it
     @property
-    def singles(self) -> tuple[int, ...]: ...  # noqa: D102
-    def due(self, previous: TrainingIteration, iteration: TrainingIteration) -> bool: ...  # noqa: D102
-    def thresholds_in(self, low: int, high: int) -> int: ...  # noqa: D102
-    def updates_crossing(self, updates: int, run: RunLengths) -> int: ...  # noqa: D102
+    def singles(self) -> tuple[int, ...]: ...  # noqa: D102  # OneCounter documents it
+    def due(self, previous: TrainingIteration, iteration: TrainingIteration) -> bool: ...  # noqa: D102  # OneCounter documents it
+    def thresholds_in(self, low: int, high: int) -> int: ...  # noqa: D102  # OneCounter documents it
+    def updates_crossing(self, updates: int, run: RunLengths) -> int: ...  # noqa: D102  # OneCounter documents it
 
 
 def count_firings(

@@ -316,9 +316,9 @@ def _read_trace(graph: Any) -> Trace:
     """Return what the graph that torch is compiling would do; only its backend can call this."""
     mutations = torch._dynamo.variables.base  # noqa: SLF001  # torch tells no backend what else a function changes
     existing = (mutations.AttributeMutationExisting, mutations.ValueMutationExisting)
-    effects = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.side_effects  # noqa: SLF001
+    effects = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.side_effects  # noqa: SLF001  # this file is the one for private parts of torch
     changes = []
-    for changed in effects._get_modified_vars():  # noqa: SLF001
+    for changed in effects._get_modified_vars():  # noqa: SLF001  # this file is the one for private parts of torch
         if isinstance(changed.mutation_type, existing) and (source := getattr(changed, "source", None)) is not None:
             name = source.name if isinstance(source.name, str) else source.name()
             attributes = effects.store_attr_mutations.get(changed, {})

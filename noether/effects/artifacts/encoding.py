@@ -143,7 +143,7 @@ def _to_array(value: Any) -> np.ndarray[Any, Any]:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         value = value.double() if value.is_floating_point() else value  # numpy has no bfloat16
-        return value.numpy()  # type: ignore[no-any-return]
+        return value.numpy()  # type: ignore[no-any-return]  # torch has no type of its result
     return np.asarray(value)
 
 

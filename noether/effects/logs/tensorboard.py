@@ -61,10 +61,10 @@ class TensorBoard:
         # Not torch's writer: it writes in a thread that does not report errors, and TensorBoard may read two of its
         # files from the same second in the wrong order.
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # as the others, it has no types
-        from tensorboard.compat.proto import event_pb2, summary_pb2  # type: ignore[import-untyped]
-        from tensorboard.compat.proto.histogram_pb2 import HistogramProto  # type: ignore[import-untyped]
-        from tensorboard.plugins.text.summary_v2 import text_pb  # type: ignore[import-untyped]
-        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
+        from tensorboard.compat.proto import event_pb2, summary_pb2  # type: ignore[import-untyped]  # tensorboard has no types
+        from tensorboard.compat.proto.histogram_pb2 import HistogramProto  # type: ignore[import-untyped]  # tensorboard has no types
+        from tensorboard.plugins.text.summary_v2 import text_pb  # type: ignore[import-untyped]  # tensorboard has no types
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]  # tensorboard has no types
 
         self._event, self._session_log, self._summary = event_pb2.Event, event_pb2.SessionLog, summary_pb2.Summary
         self._text, self._record_writer, self._decode_error = text_pb, RecordWriter, DecodeError

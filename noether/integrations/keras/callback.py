@@ -170,7 +170,7 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         self._override_compute_loss()
         # As keras.callbacks.BackupAndRestore does; after the last epoch nothing is left to train.
         epoch = self.params["epochs"] if session.is_over else session.state.iteration.epoch
-        self.model._initial_epoch = epoch or None  # noqa: SLF001
+        self.model._initial_epoch = epoch or None  # noqa: SLF001  # Keras has no public name for it
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Restore the random generators of a resumed run, from which Keras draws the order of the epoch next."""

@@ -132,7 +132,7 @@ def names_of(model: Any) -> dict[int, str]:
 
 def _add_names(layer: Any, prefix: str, names: dict[int, str], taken: set[str]) -> None:
     # Keras has no public access to the layers inside of a layer.
-    inner = layer._flatten_layers(include_self=False, recursive=False)  # noqa: SLF001
+    inner = layer._flatten_layers(include_self=False, recursive=False)  # noqa: SLF001  # Keras has no public name for it
     of_inner = {id(variable) for each in inner for variable in each.variables}
     for variable in layer.variables:
         if id(variable) not in of_inner and id(variable) not in names:

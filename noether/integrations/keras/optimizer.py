@@ -98,7 +98,7 @@ class KerasOptimizer:
         self._lr = FrozenDict(default=rate * self.lr_scale)
         if self.lr_scale != 1.0:
             # A schedule has to be restored as an object, and the public attribute gives only its value.
-            self._unscaled = (rate, inner._learning_rate)  # noqa: SLF001
+            self._unscaled = (rate, inner._learning_rate)  # noqa: SLF001  # Keras has no public name for it
             inner.learning_rate = rate * self.lr_scale if self._is_number else lambda: rate * self.lr_scale
 
     def restore_lr(self) -> None:

@@ -257,7 +257,7 @@ def _prepare_worker(worker: int) -> None:  # noqa: ARG001  # torch passes its nu
     for number in _STOP_SIGNALS:
         signal.signal(number, _ignore_once)
     # A batch that cannot be sent would be dropped, and the training process would wait for it.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]  # noqa: SLF001
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]  # noqa: SLF001  # multiprocessing has no public hook
 
 
 def _end_worker(error: Exception, batch: object) -> None:  # noqa: ARG001  # the signature of the queue's hook
