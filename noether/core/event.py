@@ -226,7 +226,7 @@ _COSTS: Final = {
         "the step, before it clips them",
     ),
     "gradients": (
-        "one copy of all gradients, and its memory until the event is over",
+        "one copy of all gradients; the trainer makes it only for an event that such a callback gets",
         "the step, before it clips them",
     ),
     "finite": ("one operation on the total loss", "the step; with `trainer.nonfinite: skip` or `raise` in any case"),

@@ -163,6 +163,22 @@ class Reducer:
         """
         return tuple(member for member, _ in self._find_selector(event_type)(state))
 
+    def reads(self, reading: str, state: TrainState) -> bool:
+        """Return whether a member that it calls at the `AfterUpdate` of a state declares a reading.
+
+        Args:
+            reading: Name of the reading.
+            state: The state after the update, of which only the counters matter.
+
+        Example:
+            >>> from noether import HistogramCallback, TrainState
+            >>> reducer = compose(HistogramCallback(every_n_updates=2, of=("gradients",)))
+            >>> state = TrainState().advance(samples=4)
+            >>> [reducer.reads("gradients", each) for each in (state, state.advance(samples=4))]
+            [False, True]
+        """
+        return any(reading in declaration_of(each).readings for each in self.members_called(state, AfterUpdate))
+
     @property
     def produces(self) -> tuple[str, ...] | None:
         """Patterns of the metric keys that the members log; None if one of them may log any."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
@@ -178,7 +179,7 @@ def build(
             clip_grad_value=config.trainer.clip_grad_value,
             nonfinite=config.trainer.nonfinite,
             grad_norm="grad_norm" in reducer.readings,
-            gradients="gradients" in reducer.readings,
+            gradients=partial(reducer.reads, "gradients") if "gradients" in reducer.readings else None,
             finite="finite" in reducer.readings,
             rank=ranks.rank,
             elapsed_s=time.perf_counter if _TIME_READINGS & set(reducer.readings) else None,

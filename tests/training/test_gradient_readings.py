@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -58,6 +59,10 @@ def squares(outputs, batch):
     return {"mse": (outputs - batch[1]).square().mean()}
 
 
+def always(state):
+    return True
+
+
 def make_step(kind, cls, settings, **options):
     torch.manual_seed(3)
     model = kind()
@@ -66,7 +71,7 @@ def make_step(kind, cls, settings, **options):
     state = TrainState.from_module(copy.deepcopy(model), seed=1)
     state = state.replace(opt_state=optimizer.init(state.params))
     lr = {"default": Constant(value=0.1)}
-    return Step(model=model, loss=squares, optimizer=optimizer, lr=lr, gradients=True, **options), state
+    return Step(model=model, loss=squares, optimizer=optimizer, lr=lr, gradients=always, **options), state
 
 
 def make_batches(update, sizes):
@@ -130,7 +135,27 @@ def test_they_are_copied_only_where_a_callback_reads_them():
     assert HistogramCallback(**settings).readings == ()
     assert noether.compose(HistogramCallback(of=("weights", "gradients"), **settings)).readings == ("gradients",)
     step, state = make_step(Dense, torch.optim.SGD, {})
-    assert replace(step, gradients=False)(state, make_batches(0, (4,)))[1].gradients is None
+    assert replace(step, gradients=None)(state, make_batches(0, (4,)))[1].gradients is None
+
+
+@pytest.mark.parametrize(
+    ("interval", "sizes", "copied"),
+    [
+        ({"every_n_updates": 2}, (4,), [False, True, False, True]),
+        ({"every_n_samples": 10}, (3, 1), [False, False, True, False]),
+    ],
+    ids=["updates", "samples"],
+)
+def test_the_step_copies_them_where_a_firing_needs_them(interval, sizes, copied):
+    reducer = noether.compose(HistogramCallback(of=("gradients",), **interval))
+    step, state = make_step(Dense, torch.optim.SGD, {})
+    step, found, fired = replace(step, gradients=partial(reducer.reads, "gradients")), [], []
+    for update in range(4):
+        state, event = step(state, make_batches(update, sizes))
+        found.append(event.gradients is not None)
+        state = state.advance(samples=event.samples)
+        state = dispatch(state, event, reducer, lambda effects, *_: fired.append(bool(effects)))
+    assert found == fired == copied
 
 
 def test_a_pending_event_has_them_after_a_resume():

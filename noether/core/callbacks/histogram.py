@@ -32,10 +32,10 @@ class HistogramCallback(PeriodicCallback):
     """Logs a histogram of each chosen param, of its gradient, and of the momentum that the optimizer keeps for it.
 
     The keys are `weights/{param}`, `gradients/{param}` and `momentum/{param}`. Weights are those after the update.
-    Gradients are those of the update at which it fires, before clipping; for them, the loop copies all gradients at
-    each update. Momentum is the running mean of the gradients, `exp_avg` of Adam or `momentum_buffer` of SGD, which is
-    also known at the end of an epoch. Values that are not finite are counted apart. Without a gradient, as in an update
-    that was skipped, or without momentum, a firing says so.
+    Gradients are those of the update at which it fires, before clipping. The trainer copies all gradients there; with
+    `trainer.compile`, and in a `Session`, at each update. Momentum is the running mean of the gradients, `exp_avg` of
+    Adam or `momentum_buffer` of SGD, which is also known at the end of an epoch. Values that are not finite are counted
+    apart. Without a gradient, as in an update that was skipped, or without momentum, a firing says so.
 
     A firing reads each chosen tensor twice. Params of a sharded state are gathered, one after the other.
 

@@ -169,7 +169,7 @@ class ReplicatedStep:
         if times is not None:
             times.start()
         buffers = self._combine_buffers(update, local, total.numbers)
-        result = Gradients(total.grads, total.losses, buffers)
+        result = Gradients(total.grads, total.losses, buffers, total.numbers.samples)
         state, event = eager.apply(state, result, tuple(local.accumulation.outputs), samples, times)
         if times is not None:
             self._optimizer_s = times.seconds.get("optimizer_s", 0.0)

@@ -60,11 +60,12 @@ class BackwardResult(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of an update by parameter, its mean losses by name, and the model's buffers after it."""
+    """Gradients of an update by parameter, its mean losses by name, the buffers after it, and its samples."""
 
     grads: Grads
     losses: Losses
     buffers: Mapping[str, Tensor]
+    samples: int
 
 
 class RegroupError(NoetherError):

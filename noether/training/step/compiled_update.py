@@ -71,7 +71,7 @@ class CompiledUpdate:
     """
 
     def __init__(self, step: Step, state: TrainState) -> None:
-        self._step = step
+        self._step, self._copies_gradients = step, step.gradients is not None
         params, memory = state.params, state.opt_state.get("state", {})
         self._trainable = step.optimizer.trainable(params)
         # Only constant schedules: `_obstacle` refuses the others.
@@ -164,7 +164,7 @@ class CompiledUpdate:
             add_terms(losses, {name: loss if weight == 1 else loss * weight for name, loss in part.losses.items()})
             outputs.append(part.outputs)
             buffers = part.buffers
-        copies = copy_gradients(grads) if self._step.gradients else None
+        copies = copy_gradients(grads) if self._copies_gradients else None
         grads, grad_norm = self._step.clip(grads, traceable_total_norm)
         for rate, (settings, names) in zip(lr, self._groups.values(), strict=True):
             kernels.write_traceable(

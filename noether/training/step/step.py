@@ -87,7 +87,8 @@ class Step:
         nonfinite: Reaction to a loss or gradient that is not finite. `apply` makes the update and does not check the
             gradients; `skip` and `raise` check loss and gradients before the update, and wait for the device.
         grad_norm: Whether to measure the 2-norm of the gradients even if `clip_grad_norm` is None.
-        gradients: Whether the event has a copy of the gradients.
+        gradients: Whether the event of an update has a copy of the gradients, as a function of the state after it, of
+            which only the counters are known; None for no update.
         finite: Whether to check that the loss is finite even if `nonfinite` is `apply`.
         rank: Index of this process.
         elapsed_s: Clock for the seconds of forward, backward and optimizer; None leaves them out. An accelerator
@@ -129,7 +130,7 @@ class Step:
     clip_grad_value: float | None = None
     nonfinite: Nonfinite = "apply"
     grad_norm: bool = False
-    gradients: bool = False
+    gradients: Callable[[TrainState], bool] | None = None
     finite: bool = True
     rank: int = 0
     elapsed_s: Callable[[], float] | None = None
@@ -174,9 +175,10 @@ class Step:
                 state, self.buffers.collect(state), batches[0], self._scale(state, _total), times
             )
             grads, losses, outputs, buffers = result
-            return self.apply(state, Gradients(grads[0] if grads else {}, losses, buffers), (outputs,), samples, times)
+            gradients = Gradients(grads[0] if grads else {}, losses, buffers, sum(samples))
+            return self.apply(state, gradients, (outputs,), samples, times)
         state, accumulation, buffers = self.accumulate(state, batches, samples, times, observe)
-        gradients = Gradients(accumulation.grads, accumulation.losses, buffers)
+        gradients = Gradients(accumulation.grads, accumulation.losses, buffers, sum(samples))
         return self.apply(state, gradients, tuple(accumulation.outputs), samples, times)
 
     def accumulate(
@@ -339,7 +341,7 @@ class Step:
 
         Args:
             state: The state before the update.
-            result: Gradients, losses, and the buffers after the update.
+            result: Gradients, losses, and the buffers after the update, with the samples of all ranks.
             outputs: Outputs of each micro-batch.
             samples: Samples of each.
             times: Counts the seconds.
@@ -353,7 +355,8 @@ class Step:
                 f"update {state.iteration.update + 1}: {describe_nonfinite(result.losses, grads)}; nothing was "
                 "applied. Lower the learning rate, clip gradients, or skip such updates with trainer.nonfinite: skip"
             )
-        copies = self._copy_gradients(grads) if self.gradients and not skipped else None
+        is_read = self.gradients is not None and self.gradients(state.advance(samples=result.samples))
+        copies = self._copy_gradients(grads) if is_read and not skipped else None
         grads, grad_norm = self.clip(grads, total_norm if self.sharding is None else self.sharding.total_norm)
         settings = self.settings_for(state)
         if not skipped:
