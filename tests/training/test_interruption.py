@@ -39,6 +39,19 @@ def test_a_hangup_that_the_process_ignores_stays_ignored():
         assert interruption.exit_code == 143
 
 
+def test_a_second_interrupt_is_raised_where_a_script_started_the_process_in_the_background():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            signal.raise_signal(signal.SIGINT)
+            assert interruption()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _send_handlers(connection):
     connection.send([repr(signal.getsignal(each)) for each in SIGNALS])
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing import resource_sharer
 
 import pytest
 import torch
@@ -219,6 +220,30 @@ def test_a_signal_ends_the_wait_for_a_worker_that_hangs(monkeypatch, is_early):
             list(EvaluationData(Stuck() if is_early else Signalling(), seed=0, batch_size=1, num_workers=1))
         assert interruption()
     assert multiprocessing.active_children() == []
+
+
+class Silent(Bad):
+    def __getitem__(self, index):
+        return int(sys.excepthook is loading._report_unless_disconnected)  # noqa: SLF001  # the hook of workers
+
+
+def test_a_worker_prints_no_traceback_where_a_signal_interrupts_the_receipt_of_its_tensor(monkeypatch, capsys):
+    """A tensor is sent by a thread of the worker, when the training process asks for it."""
+    assert [int(batch.sum()) for batch in EvaluationData(Silent(), seed=0, batch_size=8, num_workers=1)] == [8]
+    reported = []
+
+    def report(kind, error, trace):
+        reported.append(kind)
+        loading._report_unless_disconnected(kind, error, trace)  # noqa: SLF001  # as in a worker
+
+    monkeypatch.setattr(sys, "excepthook", report)
+    with open(os.devnull) as file:  # noqa: PTH123  # a device
+        while not reported:  # the thread may send before the other end is closed
+            ident = resource_sharer.DupFd(file.fileno())._id  # noqa: SLF001  # the address that a tensor is sent with
+            resource_sharer._resource_sharer.get_connection(ident).close()  # noqa: SLF001
+    resource_sharer.stop()
+    assert issubclass(reported[0], ConnectionError)
+    assert capsys.readouterr().err == ""
 
 
 def test_closing_a_dataset_stops_the_workers_of_its_unfinished_passes():

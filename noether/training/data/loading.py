@@ -28,7 +28,7 @@ from noether.training.data.interruptible import WAITING
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from multiprocessing.process import BaseProcess
-    from types import FrameType
+    from types import FrameType, TracebackType
 
     from torch.utils.data import Sampler
 
@@ -258,6 +258,13 @@ def _prepare_worker(worker: int) -> None:  # noqa: ARG001  # torch passes its nu
         signal.signal(number, _ignore_once)
     # A batch that cannot be sent would be dropped, and the training process would wait for it.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]  # noqa: SLF001  # multiprocessing has no public hook
+    sys.excepthook = _report_unless_disconnected
+
+
+def _report_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an exception of the thread that sends tensors, unless a signal interrupted the process that gets them."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_worker(error: Exception, batch: object) -> None:  # noqa: ARG001  # the signature of the queue's hook

@@ -37,7 +37,7 @@ class Interruption:
 
     Args:
         second_kills: Whether a second signal ends the process at once. By default the handlers that were installed
-            before the block receive it: usually a second Ctrl-C raises KeyboardInterrupt.
+            before the block receive it: usually a second Ctrl-C raises KeyboardInterrupt, also if it was ignored.
         clock: Reads the time, which counts from here.
 
     Example:
@@ -162,6 +162,8 @@ class Interruption:
                 signal.signal(each, signal.SIG_DFL)
         else:
             self.restore_handlers()
+            if signal.getsignal(number) is signal.SIG_IGN:  # as SIGINT is where a script starts the process with `&`
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         # In another thread, because this one may hold the locks of the stream.
         _thread.start_new_thread(self.announce, (self._describe_signal(number),))
         WAITING.leave()
