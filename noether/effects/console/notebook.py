@@ -28,7 +28,7 @@ class NotebookRows:
         text = "\n".join(lines).rstrip()
         content = {"text/plain": text, "text/html": f"<pre>{html.escape(text)}</pre>"}
         if self._handle is None:
-            self._handle = display(content, raw=True, display_id=True)  # type: ignore[no-untyped-call]  # IPython has no types here
+            self._handle = display(content, raw=True, display_id=True)
         else:
             self._handle.update(content, raw=True)
 

@@ -43,7 +43,7 @@ class StoppedRunError(NoetherError):
 
 
 @final
-class NoetherCallback(TrainerCallback):
+class NoetherCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not read transformers, see pyproject.toml
     """Runs callbacks beside a `NoetherTrainer`.
 
     Args:

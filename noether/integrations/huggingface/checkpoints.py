@@ -62,7 +62,7 @@ def to_checkpoint(saved: TrainState, trainer: Trainer) -> str:
         stateful_callbacks=exported,
     )
     # transformers compares these with its arguments and warns if they differ.
-    state.compute_steps(trainer.args, trainer.args.max_steps)  # type: ignore[no-untyped-call]  # transformers'
+    state.compute_steps(trainer.args, trainer.args.max_steps)
     state.save_to_json(str(path / "trainer_state.json"))
     write_memory(path, encode_state(saved))
     _write_generators(path, saved)

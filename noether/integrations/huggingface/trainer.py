@@ -42,7 +42,7 @@ class NoetherMixin:
         trainer: Any = self
         path = resume_from_checkpoint
         if path is True:
-            path = get_last_checkpoint(trainer.args.output_dir) or True  # type: ignore[no-untyped-call]  # transformers'
+            path = get_last_checkpoint(trainer.args.output_dir) or True
         for callback in _noether_callbacks(trainer):
             callback.resume_from = Path(path) if isinstance(path, (str, Path)) else None
         try:
