@@ -4,12 +4,15 @@ import signal
 
 import torch
 from hypothesis import settings
+from law_examples import select_examples
 
 # The models here are so small that a second thread only waits for the first.
 torch.set_num_threads(1)
 
 # Under `nohup` SIGHUP is ignored, here and in every process that a test starts, where a run then ignores it, too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Likewise SIGINT, where a script starts the tests with `&`.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A deadline is a timed assertion: it fails on a busy machine, not on a wrong program.
 settings.register_profile("noether", settings(), deadline=None)
@@ -17,3 +20,16 @@ settings.load_profile("noether")
 
 # There are no doctests here, and several folders have a module of this name.
 collect_ignore_glob = ["conftest.py", "*/conftest.py"]
+
+# Each is several times as long as most files. Workers of pytest-xdist take the files in this order, and would
+# otherwise end minutes apart: one would begin the longest file when the others are done.
+LONGEST_FIRST = ("test_habits", "test_compiled", "test_event_completion", "test_crashes", "test_failures")
+
+
+def pytest_configure(config):
+    select_examples(config.option.markexpr)
+
+
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))

@@ -8,12 +8,24 @@ from command import ROOT, invoke, lines, noether, only_run, pointer
 EPOCHS = 3  # of 20: enough to see that it learns
 
 
+def data_settings(folder, size):
+    """Return the arguments that set the points of a side of the grid, and where the datasets are cached."""
+    settings = {"size": size, "cache": folder / "cache"}
+    splits = ("train", "val", "test")
+    return [f"--set=data.{split}.{name}={value}" for split in splits for name, value in settings.items()]
+
+
+@pytest.fixture(scope="session", params=[16, pytest.param(32, marks=pytest.mark.slow)])
+def size(request):
+    return request.param
+
+
 @pytest.fixture(scope="session")
-def heat(tmp_path_factory):
+def heat(tmp_path_factory, size):
     """Folder of a shortened run of `configs/heat.yaml`, its dataset cached beside it."""
     folder = tmp_path_factory.mktemp("heat")
-    caches = [f"--set=data.{split}.cache={folder / 'cache'}" for split in ("train", "val", "test")]
-    done = noether("train", ROOT / "configs/heat.yaml", *caches, f"--set=trainer.max_epochs={EPOCHS}", cwd=folder)
+    words = [*data_settings(folder, size), f"--set=trainer.max_epochs={EPOCHS}"]
+    done = noether("train", ROOT / "configs/heat.yaml", *words, cwd=folder)
     assert done.stderr == ""  # no progress bar without a terminal
     return folder
 
@@ -41,13 +53,12 @@ def test_outputs_averages_and_best_values_are_logged(heat):
     assert pointer(run, best) == pointer(run, f"{best}.tolerance=2") == pointer(run, f"{best}.tolerance=4")
 
 
-def test_the_dataset_is_generated_once(heat):
+def test_the_dataset_is_generated_once(heat, size):
     def modification_times():
         return {path.name: path.stat().st_mtime_ns for path in (heat / "cache").iterdir()}
 
     before = modification_times()
     assert len(before) == 3
     assert all(not name.startswith(".") for name in before)
-    caches = [f"--set=data.{split}.cache={heat / 'cache'}" for split in ("train", "val", "test")]
-    invoke("validate", ROOT / "configs/heat.yaml", *caches, cwd=heat)  # builds the datasets again
+    invoke("validate", ROOT / "configs/heat.yaml", *data_settings(heat, size), cwd=heat)  # builds the datasets again
     assert modification_times() == before

@@ -96,7 +96,11 @@ AVERAGES = ("weights/ema=0.99", "weights/ema=0.999")
 
 @pytest.mark.parametrize(
     ("config", "settings"),
-    [("digits", ["trainer.max_epochs=8"]), ("heat", ["trainer.max_epochs=2"]), ("seed", ["trainer.max_epochs=2"])],
+    [
+        ("digits", ["trainer.max_epochs=8"]),
+        ("heat", ["trainer.max_epochs=2", *(f"data.{split}.size=16" for split in ("train", "val", "test"))]),
+        ("seed", ["trainer.max_epochs=2"]),
+    ],
 )
 def test_the_runs_own_callbacks_decide_as_in_training(tmp_path, config, settings):
     changes = [*settings, f"run.output={tmp_path}", "trainer.record=events"]

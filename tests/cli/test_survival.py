@@ -282,6 +282,7 @@ def run_on_full_disk(phases, tmp_path, on_error):
     return json.loads(done.stdout), tmp_path / "kept"
 
 
+@pytest.mark.slow  # tests/effects injects the same faults into every call of a save
 def test_on_a_full_disk_the_run_stops_and_can_be_resumed_later(phases, tmp_path):
     found, run = run_on_full_disk(phases, tmp_path, "stop")
     assert found["code"] == 1

@@ -7,6 +7,7 @@ import threading
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from law_examples import examples
 from loop_traces import drive, outcomes
 
 from noether.core.callbacks import BestMetricCallback, EMACallback, OfflineLossCallback, OnlineLossCallback
@@ -101,7 +102,7 @@ def result_of(member, run):
         return len(error.misfits)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150, quick=30)
 @given(trees(), run_lengths(max_epochs=2))
 def test_nested_callbacks_are_checked_and_act_as_those_side_by_side(tree, run):
     nested, flat = tree

@@ -3,8 +3,9 @@
 import dataclasses
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from law_examples import examples
 
 from noether.core.callbacks import BestCheckpointCallback, CheckpointCallback, EMACallback
 from noether.core.combinators import callback, on, when
@@ -170,7 +171,7 @@ def savers(draw):
 
 
 @given(savers(), run_lengths(max_epochs=4))
-@settings(max_examples=100)
+@examples(100, quick=30)
 def test_without_metrics_the_forecast_is_exact(callbacks, run):
     store, planned = walk(compose(*callbacks), run), forecast_checkpoints(find_requests(callbacks, run), run)
     assert planned.written == (len(store.written),) * 2
@@ -244,7 +245,7 @@ def best_checkpoint_callbacks(draw):
     st.one_of(best_checkpoint_callbacks(), users_callbacks("promising", only_for_large_metrics)),
     run_lengths(max_epochs=4),
 )
-@settings(max_examples=100)
+@examples(100, quick=30)
 def test_with_metrics_the_forecast_bounds_the_run(callbacks, measure, decides, run):
     callbacks = [measure, *callbacks, decides]
     store, planned = walk(compose(*callbacks), run), forecast_checkpoints(find_requests(callbacks, run), run)

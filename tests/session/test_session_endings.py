@@ -5,8 +5,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from law_examples import examples
 from plain_loop import SCHEDULERS, Loop, Points
 from torch.utils.data import DataLoader
 
@@ -136,7 +137,7 @@ def test_each_place_is_reached(tmp_path):
     assert places == {*PLACES, "stepped"}
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25, quick=8)
 @given(
     place=st.sampled_from(PLACES),
     update=st.integers(2, UPDATES),

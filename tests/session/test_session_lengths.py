@@ -4,8 +4,9 @@ import logging
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from law_examples import examples
 from plain_loop import Loop, Points
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -109,7 +110,7 @@ def callbacks():
 
 # A stream may announce another length than it has: torch warns of it, and the session has to train on.
 @pytest.mark.filterwarnings("ignore:Length of IterableDataset:UserWarning")
-@settings(max_examples=25, deadline=None)
+@examples(25, quick=8)
 @given(
     kind=st.sampled_from(sorted(LOADERS)),
     lengths=st.lists(st.integers(1, 7), min_size=3, max_size=3),

@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from law_examples import examples
 from plain_loop import SCHEDULERS, Loop, Points, make_model
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
 
@@ -52,7 +53,7 @@ def spoil(model, update):
         next(model.parameters()).grad.fill_(float("nan"))
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25, quick=8)
 @given(
     scheduler=st.sampled_from(sorted(SCHEDULERS)),
     accumulation=st.sampled_from([1, 2, 4]),

@@ -6,8 +6,9 @@ import sys
 from functools import partial
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from law_examples import examples
 
 from noether.session.timing import Clock
 from noether.training.runs.execution import TimeLimitError
@@ -150,7 +151,7 @@ def uncut(flaky, tmp_path_factory):
     ),
     st.booleans(),
 )
-@settings(max_examples=45, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(45, quick=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_run_that_is_cut_anywhere_resumes_to_the_uncut_run(tmp_path_factory, flaky, uncut, cuts, donate):
     expected, calls = uncut
     folder = tmp_path_factory.mktemp("cut")

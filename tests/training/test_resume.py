@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
+from law_examples import examples
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
@@ -244,7 +245,7 @@ def check(case, cuts, directory):
     assert same(without_resumes(stream), without_resumes(expected_stream))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(60, quick=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(), cuts=cut_points)
 def test_a_run_cut_anywhere_equals_the_uncut_run(case, cuts, tmp_path_factory):
     check(case, cuts, tmp_path_factory.mktemp("law"))

@@ -134,9 +134,10 @@ def train_with_fault(folder, reducer, at, kind, **settings):
 
 
 SETTINGS = [
-    pytest.param(({}, 3), id="the newest is saved beside weights"),
+    pytest.param(({}, 11), id="the newest is saved beside weights"),
     pytest.param(({}, 1), id="the newest is saved beside weights, each call", marks=pytest.mark.slow),
-    pytest.param(({"save_optim": True}, 3), id="all are to resume from"),
+    pytest.param(({"save_optim": True}, 11), id="all are to resume from"),
+    pytest.param(({"save_optim": True}, 3), id="all are to resume from, every third call", marks=pytest.mark.slow),
 ]
 
 
@@ -160,7 +161,7 @@ def uncut(request, tmp_path_factory):
 def test_a_run_killed_at_any_call_ends_as_the_uncut_run(uncut, tmp_path):
     reducer, description, calls, step = uncut
     assert calls >= 150
-    for at in range(0, calls, step):
+    for at in {*range(0, calls, step), calls - 1}:
         folder = tmp_path / str(at) / "run"
         killed, _ = train_with_fault(folder, reducer, at, "kill")
         assert killed

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from faults import KINDS, Faults, Killed, PowerLoss, write_tree
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from law_examples import examples
 from small_run import NO_FSYNC, open_small_run, state_after, train
 
 from noether import TrainingIteration
@@ -21,6 +22,7 @@ SEEDS = st.integers(0, 2**32)
 KEEPS = st.sampled_from((1, 1, 2))
 
 
+@examples(60, quick=15, stateful_step_count=15, suppress_health_check=list(HealthCheck))
 class Survival(RuleBasedStateMachine):
     """A run under saves, faults, losses of power, damage and resumes."""
 
@@ -138,7 +140,4 @@ class Survival(RuleBasedStateMachine):
             assert store.recover() is None
 
 
-Survival.TestCase.settings = settings(
-    deadline=None, max_examples=60, stateful_step_count=15, suppress_health_check=list(HealthCheck)
-)
 TestSurvival = Survival.TestCase

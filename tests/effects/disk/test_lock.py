@@ -18,27 +18,38 @@ from noether.effects.disk.calls import Disk
 from noether.effects.disk.lock import RunLock
 
 TAKE = """\
+import json
 import sys
 from pathlib import Path
 from noether.effects import LockedError
 from noether.effects.disk.lock import RunLock
-try:
-    lock = RunLock(Path(sys.argv[1]))
-except LockedError as error:
-    sys.exit(str(error))
+for line in sys.stdin:
+    message = ""
+    try:
+        RunLock(Path(json.loads(line))).release()
+    except LockedError as error:
+        message = str(error)
+    print(json.dumps(message), flush=True)
 """
 
 
-def lock_elsewhere(directory):
-    """Take the lock in another process; return the message of its error, empty if it gets the lock."""
-    process = subprocess.run(
-        [sys.executable, "-c", TAKE, directory], capture_output=True, text=True, check=False, timeout=240
-    )
-    assert process.returncode == bool(process.stderr)
-    return process.stderr.strip()
+@pytest.fixture(scope="module")
+def lock_elsewhere():
+    """Take and release the lock in another process; return the message of its error, empty if it gets the lock."""
+    command = [sys.executable, "-c", TAKE]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def take(directory):
+            process.stdin.write(f"{json.dumps(str(directory))}\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield take
+        process.stdin.close()
+        assert process.wait() == 0
 
 
-def test_error_in_another_process_names_the_holder(tmp_path):
+def test_error_in_another_process_names_the_holder(tmp_path, lock_elsewhere):
     lock = RunLock(tmp_path)
     message = lock_elsewhere(tmp_path)
     assert message.startswith(f"{tmp_path} is in use by process {os.getpid()} on ")
@@ -57,7 +68,7 @@ def linked(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["same", "link", "relative", "thread"])
-def test_second_lock_in_one_process_is_refused(linked, monkeypatch, how):
+def test_second_lock_in_one_process_is_refused(linked, monkeypatch, how, lock_elsewhere):
     directory, link = linked
     lock = RunLock(directory)
     monkeypatch.chdir(directory.parent)
@@ -91,7 +102,7 @@ def test_lock_that_is_refused_can_be_taken_later(tmp_path):
     RunLock(tmp_path).release()
 
 
-def test_lock_that_is_interrupted_is_free(tmp_path):
+def test_lock_that_is_interrupted_is_free(tmp_path, lock_elsewhere):
     """By Ctrl-C, while it names its holder."""
     interrupts = [True]
 
@@ -106,7 +117,7 @@ def test_lock_that_is_interrupted_is_free(tmp_path):
     RunLock(tmp_path).release()
 
 
-def test_lock_belongs_to_the_directory_and_not_to_its_path(tmp_path):
+def test_lock_belongs_to_the_directory_and_not_to_its_path(tmp_path, lock_elsewhere):
     path, moved = tmp_path / "run", tmp_path / "moved"
     path.mkdir()
     first = RunLock(path)
@@ -123,7 +134,7 @@ def test_lock_belongs_to_the_directory_and_not_to_its_path(tmp_path):
     assert not lock_elsewhere(path)
 
 
-def test_garbage_collected_run_is_free(tmp_path):
+def test_garbage_collected_run_is_free(tmp_path, lock_elsewhere):
     open_run(tmp_path / "run")
     assert not lock_elsewhere(tmp_path / "run")
 
@@ -153,7 +164,7 @@ def test_link_in_place_of_the_lock_file_is_not_followed(tmp_path):
     assert (tmp_path / "precious").read_text() == "x"
 
 
-def test_full_disk_can_be_locked(tmp_path, caplog):
+def test_full_disk_can_be_locked(tmp_path, caplog, lock_elsewhere):
     def call(function, *arguments):
         if function is os.write:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -175,7 +186,7 @@ def test_file_system_without_locks_gives_a_warning(tmp_path, caplog):
     assert "cannot be locked (No locks available): make sure that no other process writes there" in caplog.text
 
 
-def test_lock_is_taken_again_if_its_file_was_removed_meanwhile(tmp_path):
+def test_lock_is_taken_again_if_its_file_was_removed_meanwhile(tmp_path, lock_elsewhere):
     """The previous holder removes the file before it closes it, so a process may lock a file without a name."""
     removed = []
 
@@ -192,7 +203,7 @@ def test_lock_is_taken_again_if_its_file_was_removed_meanwhile(tmp_path):
 
 # Python 3.12 warns at every fork; data loading workers are forked, too.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_forked_worker_that_outlives_the_run_holds_no_lock(tmp_path):
+def test_forked_worker_that_outlives_the_run_holds_no_lock(tmp_path, lock_elsewhere):
     lock = RunLock(tmp_path)
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
