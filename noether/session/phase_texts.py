@@ -10,7 +10,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _LEAST_S: Final = 0.005  # what is shown as 0.00 s is left out
-_PHASES: Final = {"step_s": "steps", "data_s": "waiting for data", "evaluation_s": "evaluation", "saving_s": "saving"}
+PHASE_TEXTS: Final = {
+    "step_s": "steps",
+    "data_s": "waiting for data",
+    "evaluation_s": "evaluation",
+    "saving_s": "saving",
+}
+"""What is shown for each phase in `summary.json`."""
+OTHER_PHASES: Final = "callbacks and other"
+"""What is shown for the rest of the time."""
 
 
 def describe_phases(phases: Mapping[str, Any]) -> list[str]:
@@ -22,8 +30,8 @@ def describe_phases(phases: Mapping[str, Any]) -> list[str]:
         ['steps 7.0 s (70 %)', 'evaluation 2.5 s (25 %)', 'callbacks and other 0.50 s (5 %)']
     """
     total_s = phases["total_s"]
-    times = {label: phases.get(name) or 0.0 for name, label in _PHASES.items()}
-    times["callbacks and other"] = max(total_s - sum(times.values()), 0.0)
+    times = {label: phases.get(name) or 0.0 for name, label in PHASE_TEXTS.items()}
+    times[OTHER_PHASES] = max(total_s - sum(times.values()), 0.0)
     if not total_s:
         return []
     ordered = sorted(times.items(), key=lambda item: -item[1])

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from noether.core.text import format_bytes, format_duration
+from noether.core.text import format_bytes, format_seconds
 from noether.reports.html.labels import escape_text, run_labels
 from noether.reports.html.page import Section
 from noether.reports.html.tables import html_table
+from noether.session.phase_texts import OTHER_PHASES, PHASE_TEXTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from noether.reports.reading.run_record import RunRecord
-
-_PHASES: Final = {
-    "data_s": "waiting for data",
-    "step_s": "steps",
-    "evaluation_s": "evaluations",
-    "saving_s": "waiting for saves",
-}
-_OTHERS: Final = "callbacks and other"
 
 
 def timing_section(runs: Sequence[RunRecord]) -> Section | None:
@@ -35,7 +28,7 @@ def timing_section(runs: Sequence[RunRecord]) -> Section | None:
                 bars.append(_bar(name, phases))
     if not rows:
         return None
-    head = ["run", "total", *_PHASES.values(), _OTHERS, "updates", "updates/s", "peak memory"]
+    head = ["run", "total", *PHASE_TEXTS.values(), OTHER_PHASES, "updates", "updates/s", "peak memory"]
     table = html_table("Time of each process by phase, and the largest memory it had", head, rows)
     return Section(title="Time and memory", anchor="timing", html=f"{''.join(bars)}{table}")
 
@@ -43,8 +36,8 @@ def timing_section(runs: Sequence[RunRecord]) -> Section | None:
 def _shares(phases: Mapping[str, float]) -> dict[str, float]:
     """Return the share of each phase in the total time; the shares add up to 1."""
     total_s = phases["total_s"]
-    shares = {text: phases.get(name, 0.0) / total_s for name, text in _PHASES.items()}
-    return {**shares, _OTHERS: max(0.0, 1.0 - sum(shares.values()))}
+    shares = {text: phases.get(name, 0.0) / total_s for name, text in PHASE_TEXTS.items()}
+    return {**shares, OTHER_PHASES: max(0.0, 1.0 - sum(shares.values()))}
 
 
 def _row(name: str, phases: Mapping[str, float]) -> list[object]:
@@ -53,16 +46,6 @@ def _row(name: str, phases: Mapping[str, float]) -> list[object]:
     peak = phases.get("peak_bytes")
     memory = None if peak is None else format_bytes(peak)
     return [name, format_seconds(total_s), *shares, updates, updates / total_s, memory]
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration: with milliseconds below a minute, else as `h:mm:ss`.
-
-    Example:
-        >>> format_seconds(2.5), format_seconds(75.0)
-        ('2.500 s', '0:01:15')
-    """
-    return f"{seconds:.3f} s" if seconds < 60 else format_duration(seconds)  # noqa: PLR2004  # a minute
 
 
 def _bar(name: str, phases: Mapping[str, float]) -> str:
