@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from noether.cli.output import echo, printable
+from noether.cli.output import echo
 from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.config.loading import replace_callbacks
 from noether.config.serialization import resolve_config
@@ -24,7 +22,8 @@ from noether.core.iteration import COUNTERS, TrainingIteration
 from noether.core.schedules.gate import Gate
 from noether.core.schedules.schedule import At
 from noether.core.tensors.tree import leaves
-from noether.distributed.launch import launched_rank
+from noether.effects.console.scrolling_lines import wrap_texts
+from noether.effects.console.tables import Table, table_lines
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.json_numbers import to_plain
 from noether.effects.logs.events import read_events
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
 
 
 _MAX_REASON_CHARS: Final = 400
+_INDENT: Final = 4
 
 
 def show_replay(run_dir: Path, callbacks: Path | None, at: str | None, allow: Sequence[str], *, log: bool) -> None:
@@ -66,13 +66,14 @@ def show_replay(run_dir: Path, callbacks: Path | None, at: str | None, allow: Se
         replayed = _replay_run(run_dir, config, other, select)
         if point is not None and not replayed.steps:
             raise ReplayError(f"--at {at}: the run has no event there; it ended at {replayed.state.iteration}")
-        console = Console(highlight=False, soft_wrap=True, quiet=launched_rank() > 0)
+        console = Console()
+        width = console.width if console.is_terminal else None
         for step in replayed.steps:
             if point is not None:
-                _print_event(console, step)
+                _print_event(step, width)
                 continue
             for line in _decision_lines(step, log=log):
-                echo(line)
+                echo(_wrap(line, width))
         for name, reason in replayed.skipped.items():
             echo(f"skipped: {name}, because {reason}")
         echo(_describe_ending(replayed))
@@ -157,18 +158,21 @@ def _decision_lines(step: ReplayStep, *, log: bool) -> Iterator[str]:
             yield f"{where} {f'{name}: ' if name else ''}{line}"
 
 
-def _print_event(console: Console, step: ReplayStep) -> None:
+def _print_event(step: ReplayStep, width: int | None) -> None:
     """Print the state after an event, and the effects."""
-    console.rule(f"{type(step.event).__name__} {step.state.iteration}")
-    table = Table(box=None, show_header=False)
+    rows = []
     values: dict[str, Any] = {"stop": step.state.stop, "hyperparams": step.state.hyperparams}
     metrics = {key: f"{to_plain(value)} at {at}" for key, (value, at) in step.state.metrics.items()}
     for name, tree in {**values, "metrics": metrics, "memory": step.state.callback_states}.items():
-        for path, leaf in leaves(tree):
-            table.add_row(name, Text(printable(".".join(path))), Text(printable(_format_leaf(leaf))))
-    console.print(table)
+        rows += [(name, ".".join(path), _format_leaf(leaf)) for path, leaf in leaves(tree)]
+    title = f"{type(step.event).__name__} {step.state.iteration}"
+    echo("\n".join([title, *table_lines(Table(("part", "name", "value"), rows), width)]))
     for name, effect in step.effects:
-        console.print(printable(f"{name} returns {effect}"), markup=False)
+        echo(_wrap(f"{name} returns {effect}", width))
+
+
+def _wrap(line: str, width: int | None) -> str:
+    return line if width is None else wrap_texts(line, width, _INDENT)
 
 
 def _format_leaf(leaf: object) -> str:
