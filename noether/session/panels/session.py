@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.tensors.module import named_modules
 from noether.effects.console.next_commands import suggest_commands
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from noether.session.live_state import LiveState
     from noether.session.optimizers import LiveOptimizer
 
-_OWN_MEMORIES = ("noether.session.", "noether.integrations.")
+_OWN_MEMORIES: Final = ("noether.session.", "noether.integrations.")
 
 
 def describe_start(path: Path, live: LiveState, state: TrainState, run: Run, members: Iterable[Callback]) -> RunPanel:
