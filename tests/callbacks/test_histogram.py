@@ -90,6 +90,13 @@ def test_a_firing_without_gradients_says_so(readings, reason):
     assert update(callback, torch.nn.Linear(2, 1), **readings) == (LogText(f"{callback.name}: {reason}"),)
 
 
+def test_a_plan_can_call_it_on_the_meta_device():
+    model = torch.nn.Linear(2, 1, device="meta")
+    gradients = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    effects = update(HistogramCallback(every_n_updates=1, of=("weights", "gradients")), model, gradients=gradients)
+    assert [int(effect.counts.sum()) for effect in effects] == [0, 0, 0, 0]
+
+
 def test_a_loop_that_passes_no_gradients_is_named():
     callback = HistogramCallback(every_n_updates=1, of=("weights", "gradients"))
     with pytest.raises(ValueError, match=r"loop measures no gradients; pass AfterUpdate\(gradients=\.\.\.\)$"):

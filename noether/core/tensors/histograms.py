@@ -33,7 +33,8 @@ def count_values(values: torch.Tensor, bins: int) -> Histogram:
     It reads the tensor twice, in chunks. Values that are all equal are in the middle of bins of total width 1 or more.
 
     Args:
-        values: Real numbers of any shape and dtype; it may be empty.
+        values: Real numbers of any shape and dtype; it may be empty. A tensor of the meta device counts as empty, as a
+            plan calls callbacks on such tensors.
         bins: Number of bins.
 
     Example:
@@ -41,6 +42,8 @@ def count_values(values: torch.Tensor, bins: int) -> Histogram:
         >>> histogram.counts, histogram.edges, histogram.nan
         (tensor([1, 2]), tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64), 1)
     """
+    if values.is_meta:
+        values = torch.empty(0)
     chunks = torch.split(values.detach().reshape(-1), _CHUNK)
     parts = [_summarize(chunk) for chunk in chunks]
     low, high = min(part[0] for part in parts), max(part[1] for part in parts)
