@@ -1,4 +1,4 @@
-"""The list of commands in `noether --help`, by what they do."""
+"""The groups of commands in `noether --help`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
 
 
 class GroupedCommands(Commands):
-    """Commands that `--help` lists by what they do, each with its whole summary."""
+    """Commands that `--help` lists in groups, each with its whole summary."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002  # of click
         """Write the commands of each group."""

@@ -131,7 +131,7 @@ def evaluate(
     settings: tuple[str, ...],
     allow: tuple[str, ...],
 ) -> None:
-    """Evaluate a checkpoint of a run, which may be training meanwhile.
+    """Evaluate a checkpoint of a run, which may be in training.
 
     The callbacks of the run that iterate datasets evaluate it. Their metrics are printed and written to RUN_DIR/eval,
     where no earlier file is overwritten, and to the log services of the run.
@@ -173,7 +173,7 @@ def export(run_dir: Path, checkpoint: str, target: Path, weights: str | None) ->
 @click.option(
     "--sort", metavar="KEY", help="Sort by a metric, or by run, status, started, duration or update; -KEY reverses."
 )
-@click.option("--diff", is_flag=True, help="Show in which settings, code, machine and packages runs differ.")
+@click.option("--diff", is_flag=True, help="Show the settings, code, machine and packages in which runs differ.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def show(
     paths: tuple[Path, ...],
@@ -208,7 +208,7 @@ def show(
     "target",
     metavar="FILE.html",
     type=click.Path(path_type=Path),
-    help="The file to write; by default report.html, in RUN_DIR if there is one run.",
+    help="The file to write; by default report.html in RUN_DIR, or in the working directory for several runs.",
 )
 @click.option(
     "--png", metavar="FILE.png", type=click.Path(path_type=Path), help="Also draw the curves, as a PNG image."
@@ -228,12 +228,12 @@ def report(run_dirs: tuple[Path, ...], target: Path | None, png: Path | None) ->
 @click.argument("runs", metavar="RUNS...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("statement", metavar="SQL")
 @click.option("--csv", "form", flag_value="csv", help="Print CSV.")
-@click.option("--json", "form", flag_value="json", help="Print a list of JSON objects, with NaN as a text.")
+@click.option("--json", "form", flag_value="json", help='Print a list of JSON objects, with NaN as the text "NaN".')
 def query(runs: tuple[Path, ...], statement: str, form: str | None) -> None:
     """Run a SQL statement over runs, in the dialect of duckdb.
 
-    RUNS are runs or folders of runs. The tables are metrics(run, event, epoch, update, sample, time_s, key, value),
-    runs, config, summary, checkpoints and artifacts; a wrong statement lists their columns. Nothing is written.
+    RUNS are run directories, or folders of them. The tables are metrics(run, event, epoch, update, sample, time_s, key,
+    value), runs, config, summary, checkpoints and artifacts; a wrong statement lists their columns. Nothing is written.
     """
     from noether.cli.commands import query as command
 
@@ -277,8 +277,8 @@ def validate(config: Path, settings: tuple[str, ...], allow: tuple[str, ...]) ->
     """Check a configuration without training.
 
     Checks every setting of CONFIG, builds the datasets and the model, and checks that the callbacks fit together and
-    that their effects have handlers. For this it calls callbacks of the user's a few times, as a plan does. Warns of a
-    last batch of one sample if the model fails on it.
+    that their effects have handlers. For this check it calls your callbacks a few times, as `noether plan` does. Warns
+    of a last batch of one sample if the model fails on it.
     """
     from noether.config import load
     from noether.config.default_callbacks import default_names

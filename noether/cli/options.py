@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options that several commands have, and the check of the paths of files that commands write."""
 
 from __future__ import annotations
 
@@ -28,21 +28,40 @@ CHECKPOINT_NAMES = (
 )
 
 
+def find_path_problem(path: Path, *suffixes: str) -> str | None:
+    """Return why a command cannot write a file at a path, and what to write instead; None if it can.
+
+    Args:
+        path: The file; it may be a device such as `/dev/stdout`, which needs no suffix.
+        suffixes: Ends of its name that the command accepts, the usual one first.
+
+    Example:
+        >>> from pathlib import Path
+        >>> find_path_problem(Path("plan.jpg"), ".png")
+        'the name must end in .png; write plan.png'
+    """
+    if path.is_dir():
+        return "is a folder; give the path of a file"
+    if not path.parent.is_dir():
+        return f"the folder {str(path.parent)!r} does not exist; create it first"
+    is_device = path.exists() and not path.is_file()
+    if path.suffix.lower() not in suffixes and not is_device:
+        return f"the name must end in {suffixes[0]}; write {path.with_suffix(suffixes[0]).name}"
+    return None
+
+
 def check_picture(png: Path | None) -> None:
-    """Check that the picture can be written, before other work takes time.
+    """Check the option `--png` before work that takes long.
+
+    Args:
+        png: The picture to write; None if the option is not given.
 
     Raises:
-        UsageError: If it has the name of another kind of file, or the folder or matplotlib is missing.
+        UsageError: If its name does not end in `.png`, or its folder or matplotlib does not exist.
     """
     if png is None:
         return
-    if not png.parent.is_dir():
-        raise click.UsageError(f"--png {png}: the folder {str(png.parent)!r} does not exist; create it first")
-    if png.is_dir():
-        raise click.UsageError(f"--png {png}: is a folder; give the path of a file")
-    is_device = png.exists() and not png.is_file()
-    if png.suffix.lower() != ".png" and not is_device:
-        fix = f"write {png.with_suffix('.png').name}"
-        raise click.UsageError(f"--png {png}: is the name of another kind of file than a PNG image; {fix}")
+    if (problem := find_path_problem(png, ".png")) is not None:
+        raise click.UsageError(f"--png {png}: {problem}")
     if find_spec("matplotlib") is None:
         raise click.UsageError("--png: matplotlib is not installed; run: pip install 'noether[plot]'")

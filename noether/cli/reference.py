@@ -1,4 +1,4 @@
-"""The commands that describe what a configuration may contain."""
+"""The commands that describe the settings of a configuration: `callbacks`, `help` and `schema`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table of settings that fits the terminal: words are wrapped, and a narrow one has fewer columns."""
+"""Tables of settings that fit the terminal: words are wrapped, and a narrow terminal gets fewer columns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LONGEST_LINE = 120
 
 
 def output_width() -> int:
-    """Return the width of the terminal; 100 without one."""
+    """Return the width of the terminal in characters; 100 without a terminal."""
     return shutil.get_terminal_size((_WIDTH, 1)).columns if sys.stdout.isatty() else _WIDTH
 
 
@@ -37,7 +37,7 @@ def wrap(text: str) -> str:
 def print_settings(settings: Iterable[Setting]) -> None:
     """Print one row for each setting: its name, type, default and text."""
     width = output_width()
-    print_table(narrow_rows(settings) if width < _WIDTH else wide_rows(settings))
+    print_table(narrow_table(settings) if width < _WIDTH else wide_table(settings))
 
 
 def print_table(table: Table) -> None:
@@ -45,20 +45,20 @@ def print_table(table: Table) -> None:
     Console(width=output_width(), highlight=False, quiet=launched_rank() > 0).print(table)
 
 
-def wide_rows(settings: Iterable[Setting]) -> Table:
+def wide_table(settings: Iterable[Setting]) -> Table:
     """Return a table with a column for each of name, type, default and text."""
     table = Table("setting", "type", "default", "description", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for each in settings:
-        table.add_row(*map(_cell, (each.name, each.kind, default_of(each), each.text)))
+        default = "required" if each.default is None else each.default
+        table.add_row(*map(_cell, (each.name, each.kind, default, each.text)))
     return table
 
 
-def narrow_rows(settings: Iterable[Setting]) -> Table:
+def narrow_table(settings: Iterable[Setting]) -> Table:
     """Return a table with the type and the default of a setting above its text."""
     table = Table("setting", "description", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for each in settings:
-        default = "required" if each.default is None else f"default {each.default}"
-        table.add_row(Text(each.name), _cell(f"{each.kind}; {default}\n{each.text}"))
+        table.add_row(Text(each.name), _cell(f"{each.kind}; {describe_default(each)}\n{each.text}"))
     return table
 
 
@@ -66,6 +66,12 @@ def _cell(text: str) -> Text:
     return Text(text, overflow="fold")
 
 
-def default_of(setting: Setting) -> str:
-    """Return the default of a setting, or `required`."""
-    return "required" if setting.default is None else setting.default
+def describe_default(setting: Setting) -> str:
+    """Return the default of a setting after the word `default`; `required` if it has no default.
+
+    Example:
+        >>> from noether.config.docstrings import Setting
+        >>> describe_default(Setting("seed", "whole number", "0", "Seed of the run."))
+        'default 0'
+    """
+    return "required" if setting.default is None else f"default {setting.default}"

@@ -76,6 +76,20 @@ class ConfigError(NoetherError):
         return type(self), (self.problems,), vars(self)
 
 
+def error_at(place: str, message: str) -> ConfigError:
+    """Return the error of one problem outside of a configuration file, such as one of a command-line option.
+
+    Args:
+        place: Where the problem is: an option with its value, or a path.
+        message: What is wrong, and what to write instead.
+
+    Example:
+        >>> print(error_at("--to model.pt", "the name must end in .safetensors; write model.safetensors"))
+        --to model.pt: the name must end in .safetensors; write model.safetensors
+    """
+    return ConfigError([LocatedProblem(Place(place), (), message)])
+
+
 def format_path(path: SettingPath) -> str:
     """Return `path` as messages show it.
 

@@ -109,7 +109,8 @@ REFUSALS = {
     "no weights of this name": (["run", "--to", "x.safetensors", "--weights", "ema=0.5"], "stored: ema=0.9", 2),
     "no weights": (["run", "--to", "x.safetensors", "--checkpoint", "rest"], "rest has no weights", 1),
     "another kind of file": (["run", "--to", "x.pt"], "write x.safetensors", 2),
-    "an existing file": (["run", "--to", "there.safetensors"], "exists already", 2),
+    "an existing file": (["run", "--to", "there.safetensors"], "the file exists", 2),
+    "a folder": (["run", "--to", "."], "is a folder; give the path of a file", 2),
     "no folder": (["run", "--to", "new/x.safetensors"], "'new' does not exist", 2),
 }
 

@@ -242,7 +242,7 @@ def test_checkpoints_larger_than_the_free_space_are_warned_of(small, monkeypatch
                             "save_latest_optim, a longer interval")  # fmt: skip
 
 
-NO_PNG = "is the name of another kind of file than a PNG image"
+NO_PNG = "the name must end in .png"
 FIX = "give a point on one counter, like U1000, E2 or S512"
 
 

@@ -67,7 +67,7 @@ def test_differences(folder):
     assert "data.train.kind" not in output
     found = json.loads(show(folder, "--diff", "--json"))
     assert list(found["optimizer.lr"].values()) == [2, 1, 1]
-    assert "name a second one" in show(folder / "a", folder / "a", "--diff", code=2)
+    assert "give a second one" in show(folder / "a", folder / "a", "--diff", code=2)
 
 
 def test_equal_runs_do_not_differ(tmp_path):

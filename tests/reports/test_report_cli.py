@@ -1,6 +1,7 @@
 """`noether report` on the command line."""
 
 import os
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -31,12 +32,12 @@ def test_the_report_of_a_run_is_one_file_in_its_directory(tmp_path):
     assert "from 1 at update 1 to 0.5 at update 2" in page
 
 
-def test_a_file_that_is_no_report_stays(tmp_path):
+def test_a_file_that_is_not_a_report_stays(tmp_path):
     run, target = make_run(tmp_path / "run"), tmp_path / "thesis.html"
     target.write_text("<p>my thesis</p>")
     result = run_report(run, "--to", target)
     assert result.exit_code == 2
-    assert "exists already and is no report" in result.stderr
+    assert "the file exists and is not a report" in result.stderr
     assert target.read_text() == "<p>my thesis</p>"
 
 
@@ -54,7 +55,7 @@ def test_a_name_of_another_kind_of_file_is_refused(tmp_path, option, name, fix):
     before = sorted(tmp_path.rglob("*"))
     result = run_report(run, option, tmp_path / name)
     assert result.exit_code == 2
-    assert "is the name of another kind of file" in result.stderr
+    assert f"the name must end in {Path(fix).suffix}; write {fix}" in result.stderr
     assert result.stderr.endswith(f"write {fix}\n")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -66,12 +67,12 @@ def test_a_run_without_a_configuration_is_named_once(tmp_path):
     assert "<title>run</title>" in (run / "report.html").read_text()
 
 
-def test_a_pipe_is_no_report(tmp_path):
+def test_a_pipe_is_not_a_report(tmp_path):
     run, target = make_run(tmp_path / "run"), tmp_path / "pipe.html"
     os.mkfifo(target)
     result = run_report(run, "--to", target)
     assert result.exit_code == 2
-    assert "exists already and is no report" in result.stderr
+    assert "the file exists and is not a report" in result.stderr
 
 
 def test_a_closed_output_is_not_taken_for_a_file_that_cannot_be_written(tmp_path, monkeypatch):

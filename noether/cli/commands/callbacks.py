@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from noether.cli.output import echo
 from noether.cli.setting_table import print_settings
 from noether.config.descriptions import PREFIX, describe, known_kinds
-from noether.config.errors import ConfigError, InvalidValueError, LocatedProblem, Place
+from noether.config.errors import InvalidValueError, error_at
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +33,7 @@ def show_kind(kind: str, allow: Sequence[str]) -> None:
     try:
         description = describe(kind, allow)
     except InvalidValueError as error:
-        raise ConfigError([LocatedProblem(Place("noether callbacks"), (), str(error))]) from error
+        raise error_at("noether callbacks", str(error)) from error
     echo(description.kind + (f"  (also {', '.join(description.aliases)})" if description.aliases else ""))
     echo(f"\n{description.text}\n")
     if description.settings:

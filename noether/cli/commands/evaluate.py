@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from noether.config import Config
     from noether.core.callback import Callback, Effects
     from noether.core.event import Event
     from noether.core.reducer import Reducer
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from noether.effects import Interpreter
     from noether.effects.checkpoints.manifest import Manifest
     from noether.effects.run_directory import Interpret
+    from noether.effects.run_logs import LogService
 
 
 @announce_exit()
@@ -58,11 +60,11 @@ def evaluate(
     allow: Sequence[str],
     data: Sequence[str] = (),
 ) -> int:
-    """Evaluate a checkpoint with the data iterators of its run; print the metrics and write `eval/TAG.json`.
+    """Evaluate a checkpoint with the callbacks of its run that iterate data; print and write the metrics.
 
     The command runs all effects that callbacks request at `AtEval`, except saves of checkpoints. It does not change or
     lock the run. If it cannot write to `eval/`, as in a run that is read-only, it warns and succeeds. A signal ends the
-    evaluation at the next batch. Returns the exit code.
+    evaluation at the next batch.
 
     Under torchrun, each rank evaluates its share of the data, and the metrics have the bits of one process; rank 0
     chooses the checkpoint, prints and writes.
@@ -71,11 +73,14 @@ def evaluate(
         run_dir: The run directory.
         checkpoint: A name of the checkpoint, as in `find_tag`.
         weights: Averaged weights to evaluate, such as `ema=0.999`, which a callback keeps in the checkpoint; the file
-            is then `eval/TAG.ema=0.999.json`. None for the training weights.
+            of the metrics is then `eval/TAG.ema=0.999.json`, else `eval/TAG.json`. None for the training weights.
         settings: Overrides such as `data.val.split=test`.
         allow: Further prefixes of modules that `kind` may name.
         data: Datasets to evaluate in place of those that the callbacks name, one after the other, as `evaluate_on`
-            says; the files are then `eval/TAG.test.json`.
+            says; the files are then named like `eval/TAG.test.json`.
+
+    Returns:
+        The exit code: 0, or that of the interruption.
 
     Raises:
         ConfigError: If `run_dir` is not the directory of a run, or the checkpoint, the weights or a dataset do not
@@ -95,10 +100,7 @@ def evaluate(
         )
     reader = CheckpointReader(run_dir / CHECKPOINTS)
     manifest, saved = _load_on_ranks(run_dir, reader, checkpoint, ranks)
-    state = experiment.to_device(saved)
-    if manifest.weights_of is not None:  # the checkpoint stores averaged weights as its params: remember them as such
-        averaged = {"params": state.params, "buffers": state.buffers}
-        state = state.remember(memory_of(manifest.weights_of), clone_tensors(averaged))
+    state = _remember_averages(experiment.to_device(saved), manifest)
     state = state if weights is None else choose_weights(state, weights, reader)
     members = _drop_callbacks_without_weights(experiment.reducer, state)
     passes = {f".{escape_name(key)}": evaluate_on(members, key) for key in data} or {"": [compose(*members)]}
@@ -107,10 +109,7 @@ def evaluate(
             f"nothing to evaluate: {manifest.tag} contains none of the weights that the callbacks evaluate"
         )
     name = manifest.tag if weights is None else f"{manifest.tag}.{name_in_tags(weights)}"
-    weights = weights or manifest.weights_of
-    services, missing = evaluation_services(run_dir, config, weights) if ranks.is_first else ([], [])
-    for service in missing:
-        echo(f"Warning: {service} is not installed, so the evaluation is not logged there", err=True)
+    services = _open_services(run_dir, config, weights or manifest.weights_of) if ranks.is_first else []
     interruption = Interruption(second_kills=True)
     with interruption, closing(experiment):
         time_s = ask_rank_0(ranks, "time of the evaluation", Clock().wall_s)
@@ -140,8 +139,24 @@ def _load_on_ranks(run_dir: Path, reader: CheckpointReader, name: str, ranks: Ra
     return loaded or load_tag(run_dir, tag, ranks)
 
 
+def _remember_averages(state: TrainState, manifest: Manifest) -> TrainState:
+    """Return a state that remembers its params as averaged weights, if its checkpoint is of averaged weights."""
+    if manifest.weights_of is None:
+        return state
+    averaged = {"params": state.params, "buffers": state.buffers}
+    return state.remember(memory_of(manifest.weights_of), clone_tensors(averaged))
+
+
+def _open_services(run_dir: Path, config: Config, weights: str | None) -> list[LogService]:
+    """Return the log services of an evaluation, and warn of those that are not installed."""
+    services, missing = evaluation_services(run_dir, config, weights)
+    for service in missing:
+        echo(f"Warning: {service} is not installed, so the evaluation is not logged there", err=True)
+    return services
+
+
 def _without_checkpoints(interpret: Interpreter) -> Interpret:
-    """Return an interpreter that leaves out checkpoints, and says so: an evaluation does not change its run."""
+    """Return an interpreter that saves no checkpoint and warns instead: an evaluation does not change its run."""
 
     def run_others(effects: Effects, state: TrainState, event: Event) -> None:
         saves = [effect for effect in effects if isinstance(effect, SaveCheckpoint)]

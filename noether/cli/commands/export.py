@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from noether.cli.options import find_path_problem
 from noether.cli.output import echo
-from noether.config.errors import ConfigError, LocatedProblem, Place
+from noether.config.errors import error_at
 from noether.core.tensors.stored_weights import weights_by_name
 from noether.core.tensors.tied_names import extra_state_name
 from noether.effects.checkpoints.file_names import WEIGHTS, file_of
@@ -67,19 +68,15 @@ def export(run_dir: Path, checkpoint: str, weights: str | None, target: Path) ->
 
 
 def _check_target(target: Path) -> None:
-    problem = None
-    if target.suffix.lower() != _SUFFIX:
-        problem = f"is the name of another kind of file; write {target.with_suffix(_SUFFIX).name}"
-    elif target.exists() or target.is_symlink():
-        problem = "exists already; remove it, or give another name"
-    elif not target.parent.is_dir():
-        problem = f"the folder {str(target.parent)!r} does not exist; create it first"
+    problem = find_path_problem(target, _SUFFIX)
+    if problem is None and (target.exists() or target.is_symlink()):
+        problem = "the file exists; remove it, or give another name"
     if problem is not None:
-        raise ConfigError([LocatedProblem(Place(f"--to {target}"), (), problem)])
+        raise error_at(f"--to {target}", problem)
 
 
 def _select_files(manifest: Manifest, weights: str | None) -> Manifest:
-    """Return the manifest with the files that are needed: averages lie beside the state of callbacks."""
+    """Return the manifest without files that are not needed; averaged weights are in the file of the callbacks."""
     if weights not in {None, manifest.weights_of}:
         return manifest
     return replace(manifest, parts={name: part for name, part in manifest.parts.items() if file_of(name) == WEIGHTS})

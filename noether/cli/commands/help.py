@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from noether.cli.output import echo
-from noether.cli.setting_table import print_settings, print_table, wrap
-from noether.config.errors import ConfigError, InvalidValueError, LocatedProblem, Place
+from noether.cli.setting_table import describe_default, print_settings, print_table, wrap
+from noether.config.errors import InvalidValueError, error_at
 from noether.config.reference import find_entry, read_sections, section_text
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def show_help(name: str | None, allow: Sequence[str]) -> None:
     """Print all sections, the settings of one section, one setting, or the settings of an object that YAML names.
 
     Raises:
-        ConfigError: If there is nothing of that name.
+        ConfigError: If no section, setting, callback or object has that name.
     """
     try:
         if name is None:
@@ -37,7 +37,7 @@ def show_help(name: str | None, allow: Sequence[str]) -> None:
         else:
             _show_entry(name, find_entry(name))
     except InvalidValueError as error:
-        raise ConfigError([LocatedProblem(Place("noether help"), (), str(error))]) from error
+        raise error_at("noether help", str(error)) from error
 
 
 def _list_sections() -> None:
@@ -52,8 +52,7 @@ def _list_sections() -> None:
 
 def _show_entry(name: str, entry: Entry) -> None:
     setting = entry.setting
-    required = "required" if setting.default is None else f"default {setting.default}"
-    echo(f"{name}: {setting.kind}, {required}\n")
+    echo(f"{name}: {setting.kind}, {describe_default(setting)}\n")
     echo(wrap(_one_line(section_text(entry.name)) or setting.text))
     if entry.settings:
         echo("")
@@ -70,7 +69,7 @@ def _summarize_settings(entries: Sequence[Entry]) -> Iterator[Setting]:
 
 
 def _notes(name: str, entry: Entry) -> Iterator[str]:
-    """Yield where a setting may be set and changed, and where more is described."""
+    """Yield how to set a setting on the command line, whether a resumed run may change it, and what describes more."""
     is_scalar = not entry.settings and not entry.setting.type.startswith(("list", "mapping", "a "))
     if is_scalar and ".N." not in entry.name:
         yield f"On the command line: --set {name}={_value(entry)}"
@@ -110,7 +109,7 @@ def example_of(name: str, entry: Entry) -> str:
 
 
 def _value(entry: Entry) -> str:
-    """Return a value that YAML may have: the default, or what belongs there."""
+    """Return an example of a value in YAML: the default, or a placeholder of its type."""
     setting = entry.setting
     if setting.default not in {None, "null", "{}", "[]"}:
         return str(setting.default)
@@ -137,8 +136,7 @@ def _show_callback(name: str, allow: Sequence[str]) -> None:
     if key not in settings:
         raise InvalidValueError(f"{kind} has no setting {key!r}{suggest(key, settings)}")
     found = settings[key]
-    required = "required" if found.default is None else f"default {found.default}"
-    echo(f"callbacks.{kind}.{key}: {found.kind}, {required}\n")
+    echo(f"callbacks.{kind}.{key}: {found.kind}, {describe_default(found)}\n")
     echo(wrap(found.text))
     echo("\nA resumed run may change it.")
 

@@ -29,7 +29,7 @@ _PLAIN_WIDTH = 1 << 16
 
 
 def query(folders: Sequence[Path], statement: str, form: str) -> None:
-    """Print what a SQL statement finds in runs.
+    """Print the rows that a SQL statement returns.
 
     Args:
         folders: Runs, or folders of runs.
@@ -55,7 +55,7 @@ def query(folders: Sequence[Path], statement: str, form: str) -> None:
 
 
 def name_runs(folders: Sequence[Path]) -> dict[str, RunRecord]:
-    """Return the runs in folders by name: the path below the folder, or the whole path where several have one name."""
+    """Return the runs in folders by name: the path below the folder, or the whole path if several runs share a name."""
     found = [(folder, run) for folder in folders for run in read_runs(folder)]
     below = [Path(os.path.relpath(run.path, folder)).as_posix() for folder, run in found]
     names = [run.run_id if name == "." else name for name, (_, run) in zip(below, found, strict=True)]

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from noether.cli.output import echo
-from noether.config.errors import ConfigError, LocatedProblem, Place
+from noether.config.errors import ConfigError, error_at
 from noether.config.loading import replace_callbacks
 from noether.config.serialization import resolve_config
 from noether.core.artifacts import artifact_key
@@ -81,7 +81,7 @@ def show_replay(run_dir: Path, callbacks: Path | None, at: str | None, allow: Se
 
 @contextmanager
 def _failures_as_lines(path: Path) -> Iterator[None]:
-    """Raise any other error of a replay as a `ReplayError` of one line, such as that of a value of a wrong type."""
+    """Raise unexpected errors, such as a `TypeError` for a recorded value, as a `ReplayError` of one line."""
     try:
         yield
     except (ConfigError, ReplayError, LogError, OSError):
@@ -113,7 +113,7 @@ def _parse_point(text: str) -> TrainingIteration:
     try:
         return TrainingIteration.parse(text)
     except SettingsError as error:
-        raise ConfigError([LocatedProblem(Place("--at"), (), str(error))]) from error
+        raise error_at("--at", str(error)) from error
 
 
 def _is_at(point: TrainingIteration, step: ReplayStep) -> bool:

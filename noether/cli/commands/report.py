@@ -6,9 +6,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from noether.cli.options import check_picture
+from noether.cli.options import check_picture, find_path_problem
 from noether.cli.output import echo
-from noether.config.errors import ConfigError, LocatedProblem, Place
+from noether.config.errors import error_at
 from noether.core.errors import NoetherError
 from noether.core.text import count_of
 from noether.effects.disk.files import os_error_text
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _NAME = "report.html"
-_HEAD_BYTES = 2000  # where the mark of a report is
+_HEAD_BYTES = 2000  # `GENERATOR` is among the first bytes of a report
 
 
 def report(run_dirs: Sequence[Path], target: Path | None, png: Path | None) -> None:
@@ -30,12 +30,13 @@ def report(run_dirs: Sequence[Path], target: Path | None, png: Path | None) -> N
     Args:
         run_dirs: The run directories, at least one.
         target: The file; None for `report.html`, in the directory of a single run, else in the working directory.
-        png: A picture of the curves to write as well, which is replaced if it exists; None for none.
+        png: A picture of the curves to write as well, which is replaced if it exists; None for no picture.
 
     Raises:
-        ConfigError: If one is not the directory of a run, or the file exists and is no report.
+        ConfigError: If a path is not the directory of a run, or `target` exists and is not a report.
+        UsageError: If `png` cannot be the path of a picture, or matplotlib is not installed.
         NoetherError: If bokeh is not installed.
-        OSError: If the file cannot be written.
+        OSError: If a file cannot be written.
     """
     runs = [read_run(path) for path in dict.fromkeys(run_dirs)]
     if find_spec("bokeh") is None:
@@ -53,7 +54,7 @@ def report(run_dirs: Sequence[Path], target: Path | None, png: Path | None) -> N
             place = png
             picture, left_out = draw_picture(runs)
             png.write_bytes(picture)
-            rest = f": without {count_of(left_out, 'metric')}, of which it has no room" if left_out else ""
+            rest = f": leaves out {count_of(left_out, 'metric')}, for which it has no space" if left_out else ""
             lines.append(f"{png}{rest}")
     except OSError as error:
         raise OSError(f"{place} could not be written: {os_error_text(error)}; give another file") from error
@@ -62,17 +63,11 @@ def report(run_dirs: Sequence[Path], target: Path | None, png: Path | None) -> N
 
 
 def _check_target(target: Path) -> None:
-    problem = None
-    if target.is_dir():
-        problem = f"is a folder; write {target / _NAME}"
-    elif target.suffix.lower() not in {".html", ".htm"}:
-        problem = f"is the name of another kind of file; write {target.with_suffix('.html').name}"
-    elif not target.parent.is_dir():
-        problem = f"the folder {str(target.parent)!r} does not exist; create it first"
-    elif target.exists() and not (target.is_file() and _is_report(target)):
-        problem = "exists already and is no report; remove it, or give another name"
+    problem = find_path_problem(target, ".html", ".htm")
+    if problem is None and target.exists() and not (target.is_file() and _is_report(target)):
+        problem = "the file exists and is not a report; remove it, or give another name"
     if problem is not None:
-        raise ConfigError([LocatedProblem(Place(f"--to {target}"), (), problem)])
+        raise error_at(f"--to {target}", problem)
 
 
 def _is_report(path: Path) -> bool:

@@ -19,4 +19,4 @@ def write_schema(target: Path | None) -> None:
         echo(text)
         return
     target.write_text(f"{text}\n", encoding="utf-8")
-    echo(f"wrote {target}; first line of a YAML file: # yaml-language-server: $schema={target}")
+    echo(f"wrote {target}; begin a YAML file with the line: # yaml-language-server: $schema={target}")

@@ -1,4 +1,4 @@
-"""`noether show`: one run, a table of runs, or what differs between them."""
+"""`noether show`: one run, a table of runs, or the differences between them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from noether.cli.output import echo, print_panel
-from noether.config.errors import ConfigError, LocatedProblem, Place
+from noether.config.errors import error_at
 from noether.core.errors import suggest
 from noether.core.text import count_of
 from noether.effects.console.columns import format_columns
@@ -96,13 +96,13 @@ def _follow_lines(run: RunRecord) -> None:
 def show_runs(
     paths: Sequence[Path], *, metrics: Sequence[str], sort: str | None, only_differences: bool, as_json: bool
 ) -> None:
-    """Print a table of runs, or what differs between them.
+    """Print a table of runs, or the differences between them.
 
     Args:
         paths: Directories of runs, and folders of runs.
         metrics: Metrics to show; by default those whose best value is in the summary of a run.
-        sort: What to sort by, as in `sort_rows`; by default by path.
-        only_differences: Whether to print what differs.
+        sort: The fact or metric to sort by, as in `sort_rows`; None to sort by path.
+        only_differences: Whether to print the differences in place of the table.
         as_json: Whether to print JSON.
 
     Raises:
@@ -121,7 +121,7 @@ def show_runs(
         if all(row.metrics[key] is None for row in rows):
             known = dict.fromkeys([*FACTS, *(each for run in runs for each in run.metrics)])
             option = "--metric" if key in metrics else "--sort"
-            raise _error(f"{option} {key}", f"no run has this metric{suggest(key, known)}")
+            raise error_at(f"{option} {key}", f"no run has this metric{suggest(key, known)}")
     if as_json:
         echo(json.dumps([to_plain(vars(row)) for row in rows], indent=1))
     else:
@@ -130,7 +130,7 @@ def show_runs(
 
 def _show_differences(runs: Sequence[RunRecord], *, as_json: bool) -> None:
     if len(runs) == 1:
-        raise _error("--diff", f"compares runs, and only {runs[0].path} is given; name a second one")
+        raise error_at("--diff", f"compares runs, and only {runs[0].path} is given; give a second one")
     found = find_run_differences(runs)
     paths = [str(run.path) for run in runs]
     if as_json:
@@ -142,10 +142,6 @@ def _show_differences(runs: Sequence[RunRecord], *, as_json: bool) -> None:
         labels, shown = _short_labels(runs), merge_missing_callbacks(found)
         rows = [(name, *("" if value is None else str(value) for value in each)) for name, each in shown.items()]
         print_panel(RunPanel(title="differences", table=Table(("setting", *labels), rows)), Console())
-
-
-def _error(place: str, message: str) -> ConfigError:
-    return ConfigError([LocatedProblem(Place(place), (), message)])
 
 
 def _short_labels(runs: Sequence[RunRecord]) -> list[str]:
