@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from noether.config.errors import ConfigError, LocatedProblem
-from noether.config.schema import ENDS
 from noether.config.serialization import resolve_config
+from noether.config.trainer_settings import ENDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,8 +20,9 @@ from noether.config.init_settings import InitSettings
 from noether.config.objects.kinds import SAMPLER, Kind
 from noether.config.optimizer_settings import SETTINGS_OF_KIND, OptimizerSettings, ScheduleSettings
 from noether.config.reference import fields_in_yaml, read_sections, section_in
-from noether.config.schema import Config, Dataset, EvaluateSettings, TrainerSettings
+from noether.config.schema import Config, Dataset
 from noether.config.structure.signatures import parameters
+from noether.config.trainer_settings import EvaluateSettings, TrainerSettings
 
 if TYPE_CHECKING:
     from noether.config.compatibility import Translation

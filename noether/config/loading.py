@@ -12,10 +12,11 @@ from noether.config.errors import ConfigError, LocatedProblem
 from noether.config.older_layout import read_older_layout
 from noether.config.references import VARS, resolve_references
 from noether.config.repeated_callbacks import find_repeated, warn_of_repeated
-from noether.config.schema import ENDS, Callback, Config
+from noether.config.schema import Callback, Config
 from noether.config.source import apply_overrides, read
 from noether.config.structure.converter import structure
 from noether.config.structure.hooks import make_config_converter
+from noether.config.trainer_settings import ENDS
 from noether.core.errors import suggest
 
 if TYPE_CHECKING:

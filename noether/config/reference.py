@@ -20,8 +20,9 @@ from noether.config.docstrings import SECTION, Setting, argument_texts, docstrin
 from noether.config.errors import InvalidValueError
 from noether.config.objects.kinds import Kind
 from noether.config.references import VARS
-from noether.config.schema import CheckpointSettings, Config, EvaluateSettings
+from noether.config.schema import Config
 from noether.config.structure.signatures import parameters
+from noether.config.trainer_settings import CheckpointSettings, EvaluateSettings
 from noether.core.errors import suggest
 
 _VARIABLES: Final = Setting(

@@ -19,7 +19,8 @@ from noether.config.objects.functions import FunctionKind, MetricKind, describe_
 from noether.config.objects.kinds import Kind
 from noether.config.optimizer_settings import SETTINGS_OF_ALL, OptimizerSettings, ScheduleSettings
 from noether.config.references import escape_references
-from noether.config.schema import CheckpointSettings, Config, EvaluateSettings
+from noether.config.schema import Config
+from noether.config.trainer_settings import CheckpointSettings, EvaluateSettings
 from noether.config.yaml_values import SCALARS
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import torch
 
 from noether.config.objects.kinds import build_nested
 from noether.config.optimizer_settings import ScheduleSettings
-from noether.config.schema import ENDS
 from noether.config.serialization import resolve_config
+from noether.config.trainer_settings import ENDS
 from noether.core.errors import Problem, SettingsError
 from noether.core.iteration import TrainingIteration
 from noether.core.reducer import compose

@@ -10,9 +10,10 @@ from noether.config import ConfigError, load_callbacks
 from noether.config.compatibility import SECTIONS, TRAINER, ConfigWarning
 from noether.config.descriptions import describe
 from noether.config.loading import from_source
-from noether.config.schema import Config, TrainerSettings
+from noether.config.schema import Config
 from noether.config.serialization import dump
 from noether.config.source import parse
+from noether.config.trainer_settings import TrainerSettings
 from noether.core.callbacks import (
     BestCheckpointCallback,
     BestMetricCallback,

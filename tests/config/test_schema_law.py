@@ -15,8 +15,8 @@ from noether.config.descriptions import PREFIX, describe, known_kinds
 from noether.config.json_schema import make_schema
 from noether.config.loading import from_source
 from noether.config.reference import walk
-from noether.config.schema import ENDS
 from noether.config.source import parse
+from noether.config.trainer_settings import ENDS
 from noether.core.schedules.schedule import INTERVALS
 
 VALIDATOR = jsonschema.Draft202012Validator(make_schema())

@@ -11,7 +11,7 @@ import pytest
 from tiny_runs import LOSS, SAVE, make_config
 
 from noether.config import load
-from noether.config.schema import CheckpointSettings
+from noether.config.trainer_settings import CheckpointSettings
 from noether.core.effect import LogText, SaveCheckpoint
 from noether.core.errors import SettingsError
 from noether.core.event import AfterEpoch, AfterUpdate

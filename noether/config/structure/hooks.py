@@ -23,18 +23,12 @@ from noether.config.objects.kinds import (
     Role,
 )
 from noether.config.optimizer_settings import SETTINGS_OF_ALL, OptimizerSettings, ScheduleSettings
-from noether.config.schema import (
-    BatchFunction,
-    CheckpointSettings,
-    Config,
-    EvaluateSettings,
-    Metric,
-    TrainerSettings,
-)
+from noether.config.schema import BatchFunction, Config
 from noether.config.structure.construction import arguments, construct
 from noether.config.structure.converter import has_origin, is_function_type, make_converter
 from noether.config.structure.entries import EntryHooks
 from noether.config.structure.signatures import parameters
+from noether.config.trainer_settings import CheckpointSettings, EvaluateSettings, Metric, TrainerSettings
 from noether.core.errors import Problem, SettingsError, suggest
 from noether.core.schedules.schedule import INTERVALS
 

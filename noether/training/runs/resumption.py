@@ -10,8 +10,8 @@ from traceback import walk_tb
 from typing import TYPE_CHECKING
 
 from noether.config.errors import ConfigError, LocatedProblem, Place
-from noether.config.schema import ENDS
 from noether.config.serialization import dump
+from noether.config.trainer_settings import ENDS
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import NoetherError
 from noether.core.event import AfterUpdate, BeforeTraining

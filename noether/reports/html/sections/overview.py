@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from noether.config.schema import ENDS
+from noether.config.trainer_settings import ENDS
 from noether.core.text import count_of, format_duration
 from noether.reports.html.labels import escape_text, run_labels
 from noether.reports.html.page import Section
