@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from law_examples import examples
 
 from noether.core.callback import label_of, listens_to, tracker_of
 from noether.core.callbacks import (
@@ -84,10 +85,15 @@ def start(reducer):
     return reducer(initial, BeforeTraining(run=RUN))[0]
 
 
-@pytest.mark.parametrize("at_end", [False, True])
-@pytest.mark.parametrize(
-    ("interval", "n"), [*((i, 1) for i in INTERVALS), ("every_n_updates", 2), ("every_n_samples", 7)]
-)
+QUICK = (("every_n_epochs", 1, True), ("every_n_updates", 2, False), ("every_n_samples", 7, True))
+SETTINGS = [
+    pytest.param(*each, at_end, marks=() if (*each, at_end) in QUICK else pytest.mark.slow)
+    for each in (*((interval, 1) for interval in INTERVALS), ("every_n_updates", 2), ("every_n_samples", 7))
+    for at_end in (False, True)
+]
+
+
+@pytest.mark.parametrize(("interval", "n", "at_end"), SETTINGS)
 def test_every_callback_is_a_pure_function(interval, n, at_end):
     members = all_examples(interval, n, at_end=at_end)
     reducer = compose(*members)
@@ -145,7 +151,7 @@ def save_and_load(state, event):
         return store.load(store.find("cut"))
 
 
-@settings(max_examples=40)
+@examples(40, quick=12)
 @given(st.sampled_from(list(INTERVALS)), st.integers(1, 8), st.booleans(), st.integers(0, 15))
 def test_a_run_resumed_from_the_store_at_any_event_equals_the_uncut_run(interval, n, at_end, cut):
     def reducer():
@@ -168,7 +174,7 @@ def test_a_run_resumed_from_the_store_at_any_event_equals_the_uncut_run(interval
     assert same([requests for *_, requests in rest], effects[cut:])
 
 
-@settings(max_examples=30)
+@examples(30, quick=15)
 @given(st.sampled_from(list(INTERVALS)), st.integers(1, 8), st.integers(0, 12), st.data())
 def test_a_single_callback_resumed_at_any_event_does_the_same(interval, n, cut, data):
     """A single callback, with those whose metrics it reads, requests the same after a cut."""

@@ -223,7 +223,8 @@ def test_on_a_terminal_the_progress_bar_is_live_and_then_removed(tmp_path):
     assert "loss/val/cross_entropy/ema=0.5" in plain
 
 
-@pytest.mark.parametrize("variable", ["CI", pytest.param("SLURM_JOB_ID", marks=pytest.mark.slow)])
+@pytest.mark.slow  # effects/console/test_console.py asserts both of the same display
+@pytest.mark.parametrize("variable", ["CI", "SLURM_JOB_ID"])
 def test_without_a_viewer_nothing_is_redrawn(tmp_path, variable):
     (tmp_path / "all.yaml").write_text(EVERYTHING)
     smaller = ("--set", "callbacks.20.stop_at_sample=700")
