@@ -31,9 +31,9 @@ from benchmarks.measurement import Table, markdown_option, quartiles, show
 from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
 from noether.core.text import count_of
-from noether.effects.console.bottom_rows import BottomRows
-from noether.effects.console.live_region import LiveRegion, Looks
-from noether.effects.console.live_view import RunView
+from noether.effects.console.live.bottom_rows import BottomRows
+from noether.effects.console.live.live_region import LiveRegion, Looks
+from noether.effects.console.live.live_view import RunView
 from noether.reports.reading.run_record import read_run
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from noether.core.callbacks import (
     OnlineLossCallback,
 )
 from noether.core.callbacks.base import CallbackBase
-from noether.effects.console.other_bars import others_draw
+from noether.effects.console.live.other_bars import others_draw
 from noether.integrations.keras.callback import NoetherCallback
 from noether.integrations.keras.module import KerasModule
 from noether.integrations.keras.optimizer import KerasOptimizer

@@ -17,13 +17,13 @@ from rich.text import Text
 from noether.core.estimates import known_end
 from noether.core.event import AfterTraining, AfterUpdate, AtEval
 from noether.core.text import escape_controls
-from noether.effects.console.bottom_rows import BottomRows
 from noether.effects.console.columns import LABEL_WIDTH, add_label, format_line, repeats_single_loss
-from noether.effects.console.live_region import LiveRegion, Looks
-from noether.effects.console.live_view import RunView, TaskView
-from noether.effects.console.notebook import NotebookRows
-from noether.effects.console.other_bars import choose_output, others_draw, removed_bars
-from noether.effects.console.progress_lines import describe_progress, is_live
+from noether.effects.console.live.bottom_rows import BottomRows
+from noether.effects.console.live.live_region import LiveRegion, Looks
+from noether.effects.console.live.live_view import RunView, TaskView
+from noether.effects.console.live.notebook import NotebookRows
+from noether.effects.console.live.other_bars import choose_output, others_draw, removed_bars
+from noether.effects.console.live.progress_lines import describe_progress, is_live
 from noether.effects.console.run_panels import command_lines, plain_lines
 from noether.effects.console.scrolling_lines import ChangedMetrics, wrap_texts
 from noether.effects.console.unbuffered import write_unbuffered

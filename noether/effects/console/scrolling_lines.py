@@ -9,13 +9,13 @@ from rich.cells import cell_len
 
 from noether.core.text import escape_controls
 from noether.effects.console.columns import format_value
-from noether.effects.console.live_region import shorten_name
+from noether.effects.console.live.live_region import shorten_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from noether.effects.console.live_region import Looks
-    from noether.effects.console.live_view import RunView
+    from noether.effects.console.live.live_region import Looks
+    from noether.effects.console.live.live_view import RunView
 
 _GAP: Final = "  "
 _VALUE_WIDTH: Final = 11  # of most values with their sign: lines of the same metrics are aligned below each other

@@ -52,7 +52,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.loop import updates_in_epoch
 from noether.core.run import Run
 from noether.core.tensors.tree import FrozenDict
-from noether.effects.console.other_bars import announce_bar
+from noether.effects.console.live.other_bars import announce_bar
 from noether.integrations.keras.backend import keras
 from noether.integrations.keras.module import KerasModule
 from noether.integrations.keras.optimizers import wrap_optimizers

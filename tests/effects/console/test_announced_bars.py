@@ -7,7 +7,7 @@ import pyte
 
 from noether import AfterTraining, LogText, TrainState
 from noether.effects.console.console import Console
-from noether.effects.console.other_bars import announce_bar, others_draw, removed_bars
+from noether.effects.console.live.other_bars import announce_bar, others_draw, removed_bars
 
 
 class Terminal(io.StringIO):

@@ -1,9 +1,9 @@
 """The live display leaves the rows to the bars of others, also in the pauses between these."""
 
 from noether import TrainingIteration
-from noether.effects.console import live_region
-from noether.effects.console.live_region import LiveRegion, Looks
-from noether.effects.console.live_view import RunView
+from noether.effects.console.live import live_region
+from noether.effects.console.live.live_region import LiveRegion, Looks
+from noether.effects.console.live.live_view import RunView
 
 
 class FakeRows:

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from noether import TrainingIteration
-from noether.effects.console.live_region import Looks
-from noether.effects.console.live_view import RunView
+from noether.effects.console.live.live_region import Looks
+from noether.effects.console.live.live_view import RunView
 from noether.effects.console.scrolling_lines import ChangedMetrics, wrap_texts
 
 KEYS = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=80)

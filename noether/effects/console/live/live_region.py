@@ -15,13 +15,13 @@ from noether.core.estimates import estimate_end, known_end
 from noether.core.state import TrainState
 from noether.core.text import escape_controls, format_duration
 from noether.effects.console.columns import format_value
-from noether.effects.console.other_bars import others_draw, removed_bars
+from noether.effects.console.live.other_bars import others_draw, removed_bars
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from noether.effects.console.bottom_rows import Rows
-    from noether.effects.console.live_view import MetricView, RunView, TaskView
+    from noether.effects.console.live.bottom_rows import Rows
+    from noether.effects.console.live.live_view import MetricView, RunView, TaskView
 
 _INTERVAL_S: Final = 0.25
 _MAX_ROWS: Final = 8
