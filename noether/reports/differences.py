@@ -1,4 +1,4 @@
-"""What differs between runs: settings of their configurations, and the code and machine that trained them."""
+"""The differences between runs: settings of their configurations, and the code and machine that trained them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _NOT_COMPARED: Final = ("git.untracked", "git.problem")
 def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
     """Return the settings and facts in which runs differ, each with its value in every run; None where it is missing.
 
-    Settings have their dotted path as in `--set`, those of callbacks the name of the callback. Facts about the process
-    that began the last part of a run have the path in its entry of `processes`, such as `git.commit`.
+    A setting is named by its dotted path as in `--set`; a path in a callback begins with the name of the callback. A
+    fact about the process that trained a run last is named by its path in the entry `processes`, such as `git.commit`.
 
     Args:
         runs: The runs, at least two.
@@ -46,7 +46,7 @@ def merge_missing_callbacks(found: Mapping[str, tuple[Any, ...]]) -> dict[str, t
         callback, is_callback, setting = name.partition("].")
         if not (is_callback and f"{callback}].kind" in found):
             merged[name] = values
-        elif setting == "kind":  # which differs only where it is missing: the name of a callback contains it
+        elif setting == "kind":  # it differs only where it is missing: the name of a callback contains it
             merged[f"{callback}]"] = tuple(None if value is None else "present" for value in values)
         elif len({repr(value) for value in values if value is not None}) > 1:
             merged[name] = values

@@ -1,4 +1,4 @@
-"""How often callbacks were to fire by their schedules, and how often they logged."""
+"""Counts how often callbacks fire by their schedules, and how often they logged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from noether.reports.reading.run_record import RunRecord
 
 _EVALUATE: Final = "trainer.evaluate"
-_NEVER_LOGGED: Final = ("checkpoints/", "weights/")  # keys that only say what a callback writes or keeps
+_NEVER_LOGGED: Final = ("checkpoints/", "weights/")  # declared for checkpoints and averaged weights, which no line has
 _ENDS: Final = {"max_epochs": "epoch", "max_updates": "update", "max_samples": "sample"}
 
 
@@ -30,12 +30,12 @@ class FiringCounts:
     """Firings of one callback.
 
     Args:
-        callback: Its kind, and the metric or dataset that it is for.
+        callback: Its kind, and its metric or dataset.
         schedule: Its interval, such as `every_n_epochs: 1`.
         planned: Firings up to the configured end of the run; None if the end or the length of an epoch is unknown.
-        due: Firings up to where the run is, likewise.
-        logged: Lines of the log with a metric of it; None if it declares none, or the summary of an earlier version has
-            no declarations.
+        due: Firings up to the last line of the log; None as for `planned`.
+        logged: Lines of the log with a metric that it declares; None if it declares no metric, or if an earlier version
+            wrote the summary, without declarations.
     """
 
     callback: str
@@ -48,7 +48,7 @@ class FiringCounts:
 def count_firings(record: RunRecord) -> list[FiringCounts]:
     """Return the firings of the callbacks of a run that have an interval, from its configuration and its log.
 
-    It imports no code of callbacks: the summary of a run has the keys that they log.
+    It does not import the callbacks: the summary of a run has the keys that they log.
 
     Args:
         record: The run.
@@ -110,7 +110,7 @@ def _run_of(record: RunRecord) -> RunLengths | None:
 
 
 def _count_lines(record: RunRecord, section: str) -> int | None:
-    """Return in how many lines of the log the callbacks of a section have logged."""
+    """Return the number of log lines with a metric of the callbacks of a section; None if these declare no metric."""
     produced = record.summary.get(PRODUCES)
     known = produced.items() if isinstance(produced, dict) else ()
     patterns = [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from noether.config.errors import ConfigError, LocatedProblem, Place
+from noether.config.errors import ConfigError, error_at
 from noether.reports.reading.frames import import_optional
 from noether.reports.setting_paths import walk_settings
 
@@ -38,7 +38,7 @@ _SETTINGS: Final = {
     "temp_directory": "",  # else a large sort writes to the working directory
 }
 
-_READING: Final = frozenset({"SELECT", "EXPLAIN", "PRAGMA", "CALL", "MULTI"})
+_READ_ONLY: Final = frozenset({"SELECT", "EXPLAIN", "PRAGMA", "CALL", "MULTI"})
 """Kinds of statements that return rows and change nothing; `pivot` is MULTI."""
 
 # duckdb reads NaN in an array as NULL; no logged value is NULL.
@@ -66,7 +66,7 @@ class QueryResult(NamedTuple):
 
 
 def query_runs(runs: Mapping[str, RunRecord], statement: str) -> QueryResult:
-    """Return what a SQL statement finds in runs.
+    """Run a SQL statement over runs, and return its rows.
 
     The tables are `metrics(run, event, epoch, update, sample, time_s, key, value)` with a row for each logged value,
     a DOUBLE with NaN and infinities as they were logged; `runs`, with times in UTC; `config` and `summary`, with dotted
@@ -98,29 +98,29 @@ def query_runs(runs: Mapping[str, RunRecord], statement: str) -> QueryResult:
         connection.execute("set lock_configuration = true")
         try:
             _check_statement([each.type.name for each in connection.extract_statements(statement)])
-            result = connection.execute(_leave_out_arrays(statement))
-            return QueryResult(_unique([column[0] for column in result.description]), result.fetchall())
+            result = connection.execute(_hide_arrays(statement))
+            return QueryResult(_number_repeats([column[0] for column in result.description]), result.fetchall())
         except duckdb.Error as error:
             raise _statement_error(error) from error
 
 
 def _check_statement(kinds: Sequence[str]) -> None:
-    """Refuse statements, of which each has a kind, if they are not one that returns rows and changes nothing."""
+    """Raise an error unless there is one statement, given by its kind, and it returns rows and changes nothing."""
     if len(kinds) > 1:
         raise _statement_error(
             f"there are {len(kinds)} statements, separated by `;`; write one, which `with NAME as (...)` may precede"
         )
-    if not _READING.issuperset(kinds):
+    if not _READ_ONLY.issuperset(kinds):
         raise _statement_error(f"{kinds[0]} is not possible, because tables are only read; begin with select")
     if not kinds:
         raise _statement_error("it is empty; write one that begins with select")
 
 
-def _leave_out_arrays(statement: str) -> str:
-    """Return a statement; one that lists tables leaves out those of which the view `metrics` is made.
+def _hide_arrays(statement: str) -> str:
+    """Return a statement that hides the arrays behind the view `metrics` if it lists tables; else the same statement.
 
     Example:
-        >>> _leave_out_arrays("select 1")
+        >>> _hide_arrays("select 1")
         'select 1'
     """
     lists_tables = re.fullmatch(r"\s*(show(\s+all)?\s+tables)\s*;?\s*", statement, re.IGNORECASE)
@@ -131,20 +131,19 @@ def _leave_out_arrays(statement: str) -> str:
 
 def _statement_error(reason: object) -> ConfigError:
     text = " ".join(str(reason).partition("\n\nLINE")[0].split())
-    tables = (f"{name}({', '.join(_names(columns))})" for name, columns in VIEWS.items())
-    problem = LocatedProblem(Place("the statement"), (), "\n  ".join([text, "there are:", *tables]))
-    return ConfigError([problem])
+    tables = (f"{name}({', '.join(_column_names(columns))})" for name, columns in VIEWS.items())
+    return error_at("the statement", "\n  ".join([text, "the tables are:", *tables]))
 
 
-def _names(columns: str) -> list[str]:
+def _column_names(columns: str) -> list[str]:
     return [column.split()[0] for column in columns.split(", ")]
 
 
-def _unique(names: Sequence[str]) -> tuple[str, ...]:
-    """Return column names with `_2` and so on after those that occur before.
+def _number_repeats(names: Sequence[str]) -> tuple[str, ...]:
+    """Return column names, each once: the second `a` becomes `a_2`.
 
     Example:
-        >>> _unique(["a", "a", "b"])
+        >>> _number_repeats(["a", "a", "b"])
         ('a', 'a_2', 'b')
     """
     found: dict[str, None] = {}
@@ -158,7 +157,7 @@ def _unique(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _create_tables(connection: duckdb.DuckDBPyConnection, runs: Mapping[str, RunRecord], statement: str) -> None:
-    """Make all tables; those of the logs, which may be long, are empty if the statement does not name them."""
+    """Create all tables; `metrics` and `artifacts` stay empty if the statement does not name them: logs may be long."""
     _register_metrics(connection, runs if _may_read("metrics", statement) else {})
     rows: dict[str, list[tuple[Any, ...]]] = {name: [] for name in VIEWS}
     for run, record in runs.items():
@@ -182,13 +181,13 @@ def _create_tables(connection: duckdb.DuckDBPyConnection, runs: Mapping[str, Run
             connection.execute(f"create table {name} ({columns})")
             if rows[name]:
                 arrays = (np.array(column, object) for column in zip(*rows[name], strict=True))
-                connection.register("_rows", dict(zip(_names(columns), arrays, strict=True)))
+                connection.register("_rows", dict(zip(_column_names(columns), arrays, strict=True)))
                 connection.execute(f"insert into {name} select * from _rows")  # noqa: S608  # our own names
                 connection.unregister("_rows")
 
 
 def _may_read(table: str, statement: str) -> bool:
-    """Return whether a statement may read a table: its name is in it, or a call that gets names of tables as text.
+    """Return whether a statement may read a table: it contains its name, or a call that takes the name as text.
 
     Example:
         >>> _may_read("metrics", 'from "Metrics"'), _may_read("metrics", "from runs")
@@ -198,7 +197,7 @@ def _may_read(table: str, statement: str) -> bool:
 
 
 def _register_metrics(connection: duckdb.DuckDBPyConnection, runs: Mapping[str, RunRecord]) -> None:
-    """Make the view `metrics` of arrays, which duckdb does not copy."""
+    """Create the view `metrics` over arrays, which duckdb does not copy."""
     ids: dict[str, int] = {}
     points: dict[str, list[Any]] = {name: [] for name in ("run", "event", "epoch", "update", "sample", "time_s")}
     values: dict[str, list[Any]] = {"line": [], "key": [], "value": []}

@@ -44,10 +44,10 @@ _ITERATION: Final = re.compile(r"\bE\d+_U\d+_S\d+\b")
 
 
 def describe_run(run: RunRecord) -> RunPanel:
-    """Return the panel of a run, whatever its status is.
+    """Return the panel of a run in any status.
 
     Args:
-        run: The run; what it wrote after it was read is not in the panel.
+        run: The run; the panel does not have what it wrote after it was read.
     """
     status = run.status
     facts = {
@@ -106,11 +106,11 @@ def sum_phases(run: RunRecord) -> dict[str, float]:
 
 
 def duration_s(run: RunRecord, status: str) -> float | None:
-    """Return how long the processes of a run trained it, in seconds; None if nothing tells.
+    """Return how long the processes of a run have trained it, in seconds; None if that is unknown.
 
     Args:
         run: The run.
-        status: Its status; the last process of a running one trains it still.
+        status: Its status; for `running`, the time of the last process counts until now.
     """
     known = sum_phases(run)["total_s"]
     if status != "running" or not run.provenance:
@@ -137,11 +137,11 @@ def format_number(value: Any) -> str:
 
 
 def draw_trend(values: NDArray[Any], width: int = 12) -> str:
-    """Return a line of bars that shows how values developed; a place with only NaN or infinities is empty.
+    """Return a sparkline of values; a place with only NaN or infinities is empty.
 
     Args:
         values: The values in their order.
-        width: Most bars.
+        width: Largest number of bars.
 
     Example:
         >>> draw_trend(np.array([0.0, 1.0, np.nan, 3.0])), draw_trend(np.array([2.0, 2.0])), draw_trend(np.zeros(0))
@@ -173,7 +173,7 @@ def tabulate_metrics(run: RunRecord) -> Table:
 
 
 def _rank_metric(run: RunRecord, key: str) -> int:
-    """Return the place of a metric: those that a callback watches first, then losses, and the optimizer's last."""
+    """Return the order of a metric in the table: watched ones first, then losses, others, and the optimizer's last."""
     if f"{key}/best" in run.summary:
         return 0
     return 1 if key.startswith("loss/") else 3 if key.startswith(SIDE_METRICS) else 2
@@ -194,7 +194,7 @@ def _describe_time(run: RunRecord, status: str) -> list[str]:
 
 
 def _describe_processes(run: RunRecord) -> list[str]:
-    """Return a line for each process, the last ones only if there are many."""
+    """Return a line for each of the newest processes."""
     lines = []
     for at, each in run.provenance.items():
         code = each["git"] if isinstance(each.get("git"), dict) else {}
@@ -226,7 +226,7 @@ def _describe_artifacts(run: RunRecord) -> list[str]:
 
 
 def _read_error(run: RunRecord) -> list[str]:
-    """Return when the run failed, and the last lines of its traceback, which name the error."""
+    """Return the time of the failure, and the last lines of its traceback, which name the error."""
     try:
         text = (run.path / TRACEBACK_FILE).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -258,7 +258,7 @@ def _read_allowed(run: RunRecord) -> list[str]:
 
 
 def to_values(run: RunRecord) -> Mapping[str, Any]:
-    """Return what is shown of a run as plain values, for JSON."""
+    """Return the content of the panel of a run as plain values, for `noether show --json`."""
     status = run.status
     at = last_iteration(run)
     metrics = {}

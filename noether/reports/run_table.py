@@ -24,15 +24,16 @@ _BEST: Final = "/best"
 @final
 @dataclass(frozen=True, kw_only=True)
 class RunRow:
-    """What a table has of one run.
+    """One row of a table of runs.
 
     Args:
         run: Path of the run.
         status: Its status.
-        started: When it started, in seconds since 1970; None if nothing tells.
-        duration: For how many seconds it trained; None if nothing tells.
+        started: Time of its start, in seconds since 1970; None if unknown.
+        duration: Time that it trained, in seconds; None if unknown.
         update: Completed updates.
-        metrics: The best value of each chosen metric, or the last one if neither direction is better; None without one.
+        metrics: The best value of each chosen metric, or the last value if it is unknown whether higher or lower is
+            better; None if the run has no value.
     """
 
     run: str
@@ -44,7 +45,7 @@ class RunRow:
 
 
 def choose_metrics(runs: Sequence[RunRecord]) -> list[str]:
-    """Return the metrics of a table for which none was chosen: those whose best value is in a summary."""
+    """Return the metrics that a table shows by default: at most four whose best value is in the summary of a run."""
     entries = dict.fromkeys(key for run in runs for key in run.summary if key.endswith(_BEST))
     return [key.removesuffix(_BEST) for key in entries][:_MAX_METRICS]
 

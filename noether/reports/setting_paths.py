@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def walk_settings(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield each single value by its dotted path, as `--set` takes it; an empty mapping or list is one, too.
+    """Yield each value with its dotted path, as `--set` takes it; an empty mapping or list is a value, too.
 
     Args:
         settings: Nested mappings and lists.
@@ -27,7 +27,7 @@ def walk_settings(settings: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def name_callback(entry: Mapping[str, Any]) -> str:
-    """Return the name of a callback for a reader: its kind, and the dataset and the metric that it is for.
+    """Return a short name of a callback: its kind, its dataset and its metric.
 
     Args:
         entry: Its settings in the configuration.
@@ -42,9 +42,9 @@ def name_callback(entry: Mapping[str, Any]) -> str:
 
 
 def comparable_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the single settings of a run by path, with callbacks by name instead of position.
+    """Return the settings of a run by path, in which a callback has its name in place of its position.
 
-    So a callback that one of two runs has in addition does not make all callbacks after it differ.
+    So an additional callback in one of two runs does not make all callbacks after it differ.
 
     Example:
         >>> comparable_settings({"run": {"seed": 0}, "callbacks": [{"kind": "my.Stop", "after": 3}]})

@@ -133,7 +133,7 @@ def test_a_wrong_statement_gets_one_line_and_the_tables(runs, statement, text):
     assert first.startswith("Error: the statement: ")
     assert text in first
     assert "LINE" not in errors
-    assert [line.split("(")[0].strip() for line in others] == ["there are:", *VIEWS]
+    assert [line.split("(")[0].strip() for line in others] == ["the tables are:", *VIEWS]
     assert "metrics(run, event, epoch, update, sample, time_s, key, value)" in errors
 
 

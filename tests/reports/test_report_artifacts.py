@@ -48,7 +48,7 @@ def test_histograms_share_one_scale():
     wide = {"counts": [1, 1], "edges": [-1.0, 0.0, 1.0], "nan": 2, "infinite": 0}
     narrow = {"counts": [5], "edges": [0.0, 0.25], "nan": 0, "infinite": 0}
     html = draw_histograms("w", [(1, wide), (2, narrow)])
-    assert "values from -1 (bottom) to 1 (top), at updates 1 (left) to 2 (right); 2 values were not finite" in html
+    assert "values from -1 (bottom) to 1 (top), at updates 1 (left) to 2 (right); 2 values not finite" in html
     cells = [line.split('"') for line in html.split("<rect")[1:]]
     columns = [float(each[1]) for each in cells]
     assert columns.count(0.0) == 40

@@ -20,6 +20,7 @@ from noether.effects.console.run_panels import RunPanel
 from noether.effects.console.tables import Table
 from noether.effects.disk.json_numbers import to_plain
 from noether.reports.differences import find_run_differences, merge_missing_callbacks
+from noether.reports.html.labels import run_labels
 from noether.reports.reading.metrics_tail import MetricsTail
 from noether.reports.reading.run_folders import find_runs
 from noether.reports.reading.run_record import read_run, read_runs
@@ -139,15 +140,9 @@ def _show_differences(runs: Sequence[RunRecord], *, as_json: bool) -> None:
     elif not found:
         echo(f"{len(runs)} runs do not differ in configuration, code, machine or packages")
     else:
-        labels, shown = _short_labels(runs), merge_missing_callbacks(found)
+        labels, shown = run_labels(runs), merge_missing_callbacks(found)
         rows = [(name, *("" if value is None else str(value) for value in each)) for name, each in shown.items()]
         print_panel(RunPanel(title="differences", table=Table(("setting", *labels), rows)), Console())
-
-
-def _short_labels(runs: Sequence[RunRecord]) -> list[str]:
-    """Return the ids of runs, or their paths where two have one id."""
-    ids = [run.run_id for run in runs]
-    return ids if len(set(ids)) == len(ids) else [str(run.path) for run in runs]
 
 
 def is_single_run(paths: Sequence[Path]) -> bool:

@@ -22,7 +22,7 @@ _OVERVIEW_POINTS: Final = 2000
 _OVERVIEWS_POINTS: Final = 40_000  # of the overviews of all curves of a page together
 _FINEST_POINTS: Final = (24_000, 120_000)  # of all curves of a page together, which bounds its size
 _VALUES_PER_POINT: Final = 50  # long runs have a larger page, so that zooming shows more of them
-_AVERAGES: Final = 500  # of a curve, where smoothing starts from if the page does not have all values
+_AVERAGES: Final = 500  # per curve; smoothing uses them where the page does not have all values
 _SCALES: Final[tuple[Literal["linear", "log"], ...]] = ("linear", "log")
 _KNOTS: Final = 4000
 _INT32_LIMIT: Final = 2**31
@@ -66,7 +66,7 @@ def run_style(index: int) -> tuple[str, str]:
 
 
 def chart_data(runs: Sequence[RunRecord], groups: dict[str, list[Curve]], ids: dict[str, str]) -> dict[str, Any]:
-    """Return what the script of the page draws the charts of metrics from, as plain values.
+    """Return the data of the charts of metrics as plain values, which the script of the page draws.
 
     Args:
         runs: The runs.
@@ -139,7 +139,7 @@ def _template(count: int, y_axis_type: Literal["linear", "log"]) -> Any:
 
 
 def _encode_run(run: RunRecord) -> dict[str, Any]:
-    """Return where the run was at each update, and its checkpoints."""
+    """Return the sample, epoch and hours at some updates of a run, and its checkpoints."""
     points = run.metrics.points
     chosen = _choose_knots(points)
     start_s = float(points.time_s[0]) if len(points) else 0.0

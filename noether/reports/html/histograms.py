@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from noether.core.text import count_of
 from noether.reports.html.labels import escape_text
 
 if TYPE_CHECKING:
@@ -18,10 +19,10 @@ _ROWS: Final = 40
 
 
 def draw_histograms(name: str, histograms: Sequence[tuple[int, Mapping[str, Any]]]) -> str:
-    """Return the histograms of one key as HTML with an SVG picture and a sentence that says the same.
+    """Return the histograms of one key as HTML: an SVG picture, and a sentence for people who do not see it.
 
     Args:
-        name: Name of the key, for a reader.
+        name: Name of the key, as the page shows it.
         histograms: Update and content (`counts`, `edges`, `nan`, `infinite`) of each, in the order of updates. Of more
             than 60, some are chosen at equal distances.
     """
@@ -32,7 +33,7 @@ def draw_histograms(name: str, histograms: Sequence[tuple[int, Mapping[str, Any]
     low = min(float(each["edges"][0]) for _, each in chosen)
     high = max(float(each["edges"][-1]) for _, each in chosen)
     grid = np.linspace(low, high, _ROWS + 1) if high > low else np.array([low - 0.5, high + 0.5])
-    columns = [_share_out(each, grid) for _, each in chosen]
+    columns = [_rebin(each, grid) for _, each in chosen]
     width, height = 100 / len(columns), 100 / (len(grid) - 1)
     cells = "".join(
         f'<rect x="{x * width:.2f}" y="{100 - (y + 1) * height:.2f}" width="{width + 0.05:.2f}" '
@@ -45,8 +46,8 @@ def draw_histograms(name: str, histograms: Sequence[tuple[int, Mapping[str, Any]
     sentence = (
         f"values from {low:.5g} (bottom) to {high:.5g} (top), at updates {first[0]:,} (left) to {last[0]:,} (right)"
     )
-    odd = sum(int(each.get("nan", 0)) + int(each.get("infinite", 0)) for _, each in histograms)
-    note = f"; {odd:,} values were not finite" if odd else ""
+    not_finite = sum(int(each.get("nan", 0)) + int(each.get("infinite", 0)) for _, each in histograms)
+    note = f"; {count_of(not_finite, 'value', form=',')} not finite" if not_finite else ""
     label = escape_text(f"{name}: {sentence}")
     return (
         '<figure class="histogram"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
@@ -55,8 +56,8 @@ def draw_histograms(name: str, histograms: Sequence[tuple[int, Mapping[str, Any]
     )
 
 
-def _share_out(histogram: Mapping[str, Any], grid: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the counts of a histogram on another grid; a bin that spans several of its rows is shared out evenly."""
+def _rebin(histogram: Mapping[str, Any], grid: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the counts of a histogram in the bins of another grid; values are taken as uniform within each bin."""
     counts, edges = np.array(histogram["counts"], np.float64), np.array(histogram["edges"], np.float64)
     below = np.interp(grid, edges, np.concatenate([[0.0], counts.cumsum()]))
     shares: NDArray[np.float64] = np.diff(below)

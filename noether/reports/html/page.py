@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 _ASSETS: Final = files("noether.reports.html") / "assets"
 GENERATOR: Final = '<meta name="generator" content="noether report">'
-"""A line that every report has, by which a file is known to be one."""
+"""The line by which a file is recognized as a report."""
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One part of a report, with a heading of its own and an entry in the table of contents.
+    """One part of a report, with a heading and an entry in the table of contents.
 
     Args:
         title: The heading, as text.
         anchor: Its id in the page: lowercase letters and `-`, used by no other section. The ids inside of `html` begin
             with it.
-        html: The content; everything that comes from a run is escaped.
+        html: The content, in which all text of a run is escaped.
         plots: Charts of bokeh, as `bokeh.embed.json_item` returns them, by the id of the element in `html` that each
             replaces.
     """
@@ -75,7 +75,7 @@ def render_page(title: str, sections: Sequence[Section], data: Any) -> str:
     page = _read("page.html")
     head, *rest = page.split("{{")
     pieces = [head]
-    for piece in rest:  # not by repeated replacement, because a part may contain the name of another one
+    for piece in rest:  # `str.replace` would also replace names of parts inside of other parts
         name, _, text = piece.partition("}}")
         pieces += [parts[name], text]
     return "".join(pieces)

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 
 _MAX_CHARTS: Final = 24
 _POINTS: Final = 2000
-_FEW_POINTS: Final = 60  # which are drawn as dots, too
+_MAX_DOTS: Final = 60  # curves with more points are drawn without dots
 _COLUMNS: Final = 3
-_NAME_CHARACTERS: Final = 48  # that fit above a chart in one line
+_NAME_CHARACTERS: Final = 48  # fit in one line above a chart
+_STYLES: Final = {"solid": "-", "dashed": "--", "dotted": ":", "dotdash": "-."}
+"""Line styles of matplotlib by dash pattern of bokeh."""
 
 
 def draw_picture(runs: Sequence[RunRecord]) -> tuple[bytes, int]:
@@ -49,7 +51,7 @@ def draw_picture(runs: Sequence[RunRecord]) -> tuple[bytes, int]:
     figure = Figure(figsize=(5.2 * columns, 3.1 * rows + 0.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     for number, key in enumerate(shown, start=1):
-        _draw(figure.add_subplot(rows, columns, number), key, groups[key], runs)
+        _draw_chart(figure.add_subplot(rows, columns, number), key, groups[key], runs)
     if len(runs) > 1:
         _add_legend(figure, run_labels(runs))
     buffer = io.BytesIO()
@@ -57,14 +59,14 @@ def draw_picture(runs: Sequence[RunRecord]) -> tuple[bytes, int]:
     return buffer.getvalue(), len(keys) - len(shown)
 
 
-def _draw(axes: Any, key: str, curves: Sequence[Curve], runs: Sequence[RunRecord]) -> None:
+def _draw_chart(axes: Any, key: str, curves: Sequence[Curve], runs: Sequence[RunRecord]) -> None:
     for curve in curves:
         color, dash = run_style(curve.run)
         series = curve.series
         values, updates = series.values.astype(np.float64), series.points.update
         chosen = choose_points(values, _POINTS)
         drawn = np.where(np.isfinite(values[chosen]), values[chosen], np.nan)
-        marker = "." if len(chosen) <= _FEW_POINTS else ""
+        marker = "." if len(chosen) <= _MAX_DOTS else ""
         axes.plot(updates[chosen], drawn, color=color, linestyle=_STYLES[dash], marker=marker, linewidth=1.2)
         run = runs[curve.run]
         mode = None if is_derived(key) else run.direction(key)
@@ -81,9 +83,6 @@ def _draw(axes: Any, key: str, curves: Sequence[Curve], runs: Sequence[RunRecord
     axes.tick_params(labelsize=8)
     axes.grid(visible=True, color="0.9", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-_STYLES: Final = {"solid": "-", "dashed": "--", "dotted": ":", "dotdash": "-."}
 
 
 def _add_legend(figure: Any, labels: Sequence[str]) -> None:

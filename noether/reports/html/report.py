@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Final
 from noether.effects.disk.files import replace_text
 from noether.reports.html.page import Section, render_page
 from noether.reports.html.sections.artifacts import artifacts_section
+from noether.reports.html.sections.checkpoints import checkpoints_section, evaluations_section
 from noether.reports.html.sections.configuration import configuration_section
 from noether.reports.html.sections.curves import curves_section
 from noether.reports.html.sections.environment import environment_section
 from noether.reports.html.sections.firings import firings_section
 from noether.reports.html.sections.overview import overview_section
-from noether.reports.html.sections.saved import checkpoints_section, evaluations_section, problems_section
+from noether.reports.html.sections.problems import problems_section
 from noether.reports.html.sections.timing import timing_section
 
 if TYPE_CHECKING:

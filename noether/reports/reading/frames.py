@@ -96,7 +96,7 @@ def to_polars(metrics: Metrics) -> pl.DataFrame:
 
 
 def _columns(metrics: Metrics) -> Iterator[tuple[str, NDArray[Any], NDArray[np.bool_] | None]]:
-    """Yield name and values of each column, and where values are missing, None for a column without such."""
+    """Yield the name and the values of each column, and a mask of missing values; None if no value is missing."""
     logged = np.zeros(len(metrics.points), bool)
     for series in metrics.values():
         logged[series.lines] = True

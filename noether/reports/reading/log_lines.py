@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _BLOCK_BYTES: Final = 1 << 17  # the objects of larger blocks do not fit into the cache of a CPU
-_SHOWN: Final = 3
+_MAX_SHOWN: Final = 3
 _LOGGER: Final = logging.getLogger(__name__)
 
 
@@ -80,8 +80,8 @@ class LogLines:
     def report_damage(self) -> None:
         """Log a warning that names the lines that were left out, if there are any."""
         if self.damaged:
-            shown = "; ".join(f"line {line}: {reason}" for line, reason in list(self.damaged.items())[:_SHOWN])
-            more = "" if len(self.damaged) <= _SHOWN else "; ..."
+            shown = "; ".join(f"line {line}: {reason}" for line, reason in list(self.damaged.items())[:_MAX_SHOWN])
+            more = "" if len(self.damaged) <= _MAX_SHOWN else "; ..."
             lines = count_of(len(self.damaged), "damaged line")
             _LOGGER.warning("%s: left out %s (%s)", self.path, lines, escape_controls(shown + more))
 

@@ -83,14 +83,14 @@ _DAMAGE: Final = (KeyError, TypeError, ValueError, AttributeError, OverflowError
 
 
 def read_first_point(path: Path) -> Point | None:
-    """Return where the first whole line of a log was written; None if there is none, or its begin is damaged."""
+    """Return the point of the first intact line in the first block of a log; None if that block has none."""
     lines = LogLines(path=path)
     points = parse_metrics(lines, islice(lines.blocks(), 1)).metrics.points
     return points[0] if len(points) else None
 
 
 def read_last_point(path: Path) -> Point | None:
-    """Return where the last whole line of a log was written; None if there is none."""
+    """Return the point of the last intact line of a log; None if the log has none."""
     lines = LogLines(path=path)
     if path.exists():
         with path.open("rb") as file:

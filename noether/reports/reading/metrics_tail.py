@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class NewMetrics(NamedTuple):
-    """What a run logged since the last call.
+    """The metrics that a run logged since the last call.
 
     Args:
         metrics: The metrics on the new lines; on all lines if `rewound`.
@@ -31,7 +31,7 @@ class NewMetrics(NamedTuple):
 
 @final
 class MetricsTail:
-    """Reads what was appended to the metrics of a run; each call takes the time of the new lines only.
+    """Reads the metrics that a run appends to its log; each call parses only the new lines.
 
     Args:
         run: The run directory.

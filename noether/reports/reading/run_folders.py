@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from noether.config.errors import ConfigError, LocatedProblem, Place
+from noether.config.errors import error_at
 from noether.core.text import count_of
 from noether.effects.run_files import (
     CHECKPOINTS,
@@ -29,23 +29,23 @@ def find_runs(folder: Path) -> list[Path]:
     """Return the directories of runs in a folder, at most two folders down, or the folder itself if it is a run.
 
     Raises:
-        ConfigError: If there are none.
+        ConfigError: If the folder has no run; the message says what to give instead.
     """
     runs = list(_runs_below(folder, _LEVELS))
     if not runs and (folder / CONFIG_FILE).is_file():
         return [folder]
     if not runs:
         _refuse_inside_of_run(folder)
-        what = "has no run in it" if folder.is_dir() else "is no folder" if folder.exists() else "does not exist"
-        raise _problem(folder, f"{what}; give a run such as runs/NAME/RUN_ID, or a folder of runs")
+        what = "has no run in it" if folder.is_dir() else "is not a folder" if folder.exists() else "does not exist"
+        raise error_at(str(folder), f"{what}; give a run such as runs/NAME/RUN_ID, or a folder of runs")
     return runs
 
 
 def require_readable(path: Path) -> None:
-    """Raise an error that says what to give instead if `path` is not the directory of a run that can be read.
+    """Check that `path` is the directory of a run.
 
     Raises:
-        ConfigError: If it is not.
+        ConfigError: If it is not; the message says what to give instead.
     """
     if _has_logs(path):
         return
@@ -59,13 +59,13 @@ def require_readable(path: Path) -> None:
         count = count_of(len(runs), "run")
         fix = f"the newest of the {count} in it is {newest}" if len(runs) > 1 else f"the run in it is {newest}"
     what = "is not the directory of a run" if path.exists() else "does not exist"
-    raise _problem(path, f"{what}; {fix}")
+    raise error_at(str(path), f"{what}; {fix}")
 
 
 def _refuse_inside_of_run(path: Path) -> None:
     for parent in path.absolute().parents:
         if _has_logs(parent):
-            raise _problem(path, f"lies in the directory of a run; give {parent}")
+            raise error_at(str(path), f"lies in the directory of a run; give {parent}")
 
 
 def _runs_below(path: Path, levels: int) -> Iterator[Path]:
@@ -83,11 +83,7 @@ def _runs_below(path: Path, levels: int) -> Iterator[Path]:
 
 
 def _has_logs(path: Path) -> bool:
-    """Return whether a directory has what only a run has."""
+    """Return whether a directory has a file that only a run writes."""
     if any((path / name).is_file() for name in _LOGS):
         return True
     return any((path / CHECKPOINTS).glob(f"*/{MANIFEST}"))
-
-
-def _problem(path: Path, text: str) -> ConfigError:
-    return ConfigError([LocatedProblem(Place(str(path)), (), text)])

@@ -145,7 +145,7 @@ class RunRecord:
 
     @property
     def started_s(self) -> float | None:
-        """When the run started, in seconds since 1970; None if nothing tells."""
+        """Time of the start of the run, in seconds since 1970; None if unknown."""
         times = [time for each in self.provenance.values() if isinstance(time := each.get("started_s"), (int, float))]
         if not times and (first := read_first_point(self.path / METRICS_FILE)) is not None:
             times = [first.time_s]
@@ -178,12 +178,12 @@ class RunRecord:
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """What each process that trained the run was, by the iteration where it began; empty for older runs."""
+        """Facts about each process that trained the run, by the iteration where it began; empty for older runs."""
         return {at: each for at, each in self._entry("processes").items() if isinstance(each, dict)}
 
     @property
     def phases(self) -> Mapping[str, Mapping[str, float]]:
-        """Where the time of each process went, by the iteration where it began; empty for older runs."""
+        """Seconds that each process spent in each phase, by the iteration where it began; empty for older runs."""
         return {
             at: {name: value for name, value in each.items() if isinstance(value, (int, float))}
             for at, each in self._entry("phases").items()
@@ -246,8 +246,8 @@ class RunRecord:
             The manifest, with the iteration of the checkpoint.
 
         Raises:
-            CheckpointError: If the checkpoint does not exist, is damaged, or has not these weights of the whole model;
-                the message lists what there is.
+            CheckpointError: If the checkpoint does not exist, is damaged, or does not have these weights of the whole
+                model; the message lists what exists.
             MismatchError: If names, shapes or dtypes are not those of the model; the message lists the differences.
 
         Example:
@@ -293,10 +293,9 @@ class RunRecord:
         lines.report_damage()
 
     def direction(self, key: str) -> Mode | None:
-        """Return whether higher or lower values of a metric are better; None if nothing tells.
+        """Return whether higher or lower values of a metric are better; None if that is unknown.
 
-        A callback of the configuration that has the metric as its `metric_key` and a `mode` decides; else the words of
-        the key do.
+        The `mode` of a callback decides whose `metric_key` is the metric; without one, the words of the key decide.
         """
         return find_mode(self.config, key) or direction_of(key)
 

@@ -1,4 +1,4 @@
-"""Whether a run is being written, and else how it ended."""
+"""The status of a run: whether a process writes it now, or how it ended."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _ENDS: Final[dict[str, RunStatus]] = {
 
 
 def find_status(path: Path, summary: Mapping[str, Any]) -> RunStatus:
-    """Return whether a run is being written now, and else how it ended.
+    """Return whether a process writes a run now, or how the run ended.
 
-    The entry `status` of its summary says how it ended. One that is `running` there is so only while a process has the
-    lock of the directory, which ends with the process, even after `kill -9`; nothing in the directory is changed.
+    The entry `status` of its summary says how it ended. An entry `running` is true only while a process holds the lock
+    of the directory, which the operating system releases when the process ends, even after `kill -9`. The function
+    changes nothing in the directory.
 
     Args:
         path: The run directory.
@@ -33,8 +34,8 @@ def find_status(path: Path, summary: Mapping[str, Any]) -> RunStatus:
 
     Returns:
         `finished` (it reached its end), `stopped` (by a callback), `interrupted` (by a signal or the time limit),
-        `failed` (by an exception), `running`, or `killed` if its process ended without writing how. It is `unknown` if
-        nothing tells: the lock cannot be asked, such as that of another host, or an earlier version wrote the run.
+        `failed` (by an exception), `running`, or `killed` if its process ended without writing a status. It is
+        `unknown` if the lock cannot be checked, such as one of another host, or if an earlier version wrote the run.
 
     Example:
         >>> import noether, tempfile
@@ -58,7 +59,7 @@ def find_status(path: Path, summary: Mapping[str, Any]) -> RunStatus:
 
 
 def _find_end(path: Path, ending: object) -> RunStatus | None:
-    """Return how a run of an earlier version ended, which wrote no status; None if it did not write that."""
+    """Return how a run ended that an earlier version wrote, without a status; None if its files do not say so."""
     if isinstance(ending, str):
         what, _, reason = ending.partition(":")
         if what.startswith("ended at "):

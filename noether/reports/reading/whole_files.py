@@ -1,4 +1,4 @@
-"""The files of a run that are read whole: its configuration, its summary and its evaluations."""
+"""Reads the files of a run other than its logs: configuration, summary and evaluations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from noether.config.errors import ConfigError, LocatedProblem, Place
+from noether.config.errors import ConfigError, error_at
 from noether.core.metric_keys import MODES
 from noether.effects.disk.json_numbers import NUMBERS
 
@@ -22,7 +22,7 @@ _LOGGER: Final = logging.getLogger(__name__)
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the settings in a resolved configuration; none if there is no such file.
+    """Return the settings in a resolved configuration; an empty mapping if the file does not exist.
 
     Raises:
         ConfigError: If the file is damaged.
@@ -58,7 +58,7 @@ def _settings_in(value: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def read_entries(path: Path) -> dict[str, Any]:
-    """Return the entries of a summary; none if there is no such file.
+    """Return the entries of a summary; an empty mapping if the file does not exist.
 
     Raises:
         ConfigError: If the file is damaged.
@@ -88,4 +88,4 @@ def read_evaluations(folder: Path) -> dict[str, Mapping[str, float]]:
 
 def _damage_error(path: Path, reason: object) -> ConfigError:
     text = " ".join(str(reason).split())
-    return ConfigError([LocatedProblem(Place(str(path)), (), f"is damaged: {text}; restore or remove it")])
+    return error_at(str(path), f"is damaged: {text}; restore or remove it")

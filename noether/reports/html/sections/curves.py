@@ -119,7 +119,7 @@ def _figure(key: str, element: str, curves: Sequence[Curve], runs: Sequence[RunR
 
 
 def describe_series(series: Series) -> str:
-    """Return what a curve shows, in one sentence.
+    """Return a sentence that describes a curve: its ends, its extremes, and how many values are not finite.
 
     Args:
         series: The metric, with at least one value.
@@ -176,7 +176,7 @@ def _table(key: str, curves: Sequence[Curve], labels: Sequence[str]) -> str:
 
 
 def _summarize_parts(series: Series, count: int) -> Iterator[tuple[str, str, str, str]]:
-    """Yield of each part of a curve its updates, and its lowest, highest and last value."""
+    """Yield the updates and the lowest, highest and last value of each part of a curve."""
     values, updates = series.values.astype(np.float64), series.points.update
     count = min(count, len(values))
     for part, where in zip(np.array_split(values, count), np.array_split(updates, count), strict=True):

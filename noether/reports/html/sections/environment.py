@@ -34,9 +34,9 @@ def environment_section(runs: Sequence[RunRecord]) -> Section | None:
     rows = [[name, *(_show(each.get(name)) for each in columns.values())] for name in names]
     differ = [row for row in rows if len(set(row[1:])) > 1]
     same = [row[:2] for row in rows if row not in differ]
-    tables = html_table("What differs", ["", *columns], differ) if differ else ""
+    tables = html_table("Differences", ["", *columns], differ) if differ else ""
     if same:
-        caption = "What is the same for all processes" if len(columns) > 1 else "Code, machine and packages"
+        caption = "The same for all processes" if len(columns) > 1 else "Code, machine and packages"
         table = html_table(caption, ["", "value"], same)
         tables += f"<details{'' if differ else ' open'}><summary>{caption}</summary>{table}</details>"
     return Section(title="Environment", anchor="environment", html=tables + "".join(diffs))
@@ -47,7 +47,7 @@ def _show(value: Any) -> str:
 
 
 def _diff(name: str, run: RunRecord, process: Mapping[str, Any]) -> str:
-    """Return the changes of the code since its commit; nothing if there are none."""
+    """Return the changes of the code since its commit as HTML; an empty text without changes."""
     code = process.get("git")
     file = code.get("diff") if isinstance(code, dict) else None
     if not isinstance(file, str):

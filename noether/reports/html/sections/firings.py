@@ -1,4 +1,4 @@
-"""The section of firings: how often each callback was to fire, and how often it logged."""
+"""The section of firings: how often each callback fires by its schedule, and how often it logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The section of facts: what each run was and what came of it, as a sentence and as a table."""
+"""The overview: status, results and facts of each run, as sentences and as tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BEST_ROWS: Final = 12
 
 
 def overview_section(runs: Sequence[RunRecord]) -> Section:
-    """Return the section that says what each run was and what came of it."""
+    """Return the section with the status, the results and the facts of each run."""
     labels = run_labels(runs)
     sentences = "".join(f"<p>{escape_text(summarize(run, label))}</p>" for run, label in zip(runs, labels, strict=True))
     facts = [dict(_facts(run)) for run in runs]
@@ -32,7 +32,7 @@ def overview_section(runs: Sequence[RunRecord]) -> Section:
 
 
 def summarize(run: RunRecord, label: str) -> str:
-    """Return what came of a run in one or two sentences.
+    """Return the status of a run and its best values in a few sentences.
 
     Args:
         run: The run.
@@ -77,7 +77,7 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, Any]]:
 
 
 def best_values(run: RunRecord) -> Iterator[tuple[str, Best]]:
-    """Yield the best value of each metric that was measured on a dataset; else of each loss."""
+    """Yield the best value of each watched metric; without any, of each metric that is not an online mean."""
     keys = [key for key in run.metrics if not is_derived(key)]
     watched = [key for key in keys if f"{key}/best" in run.summary or f"{key}/best" in run.metrics]
     for key in watched or [key for key in keys if "online" not in key and "lossdiff" not in key]:
