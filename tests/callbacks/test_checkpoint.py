@@ -18,9 +18,6 @@ RUN = Run(end=TrainingIteration(epoch=3), updates_per_epoch=2, samples_per_epoch
 STATE = TrainState().advance(samples=4).next_epoch()
 
 
-WRITTEN = "{} checkpoints of {} MB will be written, {} of them kept"
-
-
 def requests(**settings):
     return CheckpointCallback(every_n_epochs=1, id="c", **settings)(STATE, AfterEpoch(run=RUN))[1]
 
@@ -81,26 +78,41 @@ def test_between_firings_nothing_is_requested():
 @pytest.mark.parametrize(
     ("settings", "state", "text"),
     [
-        ({"save_latest_optim": False}, TrainState(), "c: 3 checkpoints of 2 MB will be written, 3 of them kept"),
+        (
+            {"save_latest_optim": False},
+            TrainState(),
+            "c will save 3 checkpoints of weights (2 MB each), and keep all of them.",
+        ),
         (
             {"keep": 3},
             TrainState().advance(samples=4),
-            f"c: {WRITTEN.format(3, '2', 3)}; {WRITTEN.format(3, '6', 1)}",
+            (
+                "c will save 3 checkpoints of weights (2 MB each), and keep all of them. "
+                "It will save 3 checkpoints of weights and optimizer (6 MB each), and keep only the newest."
+            ),
         ),
         (
             {"save_weights": True, "save_optim": True, "keep": 2},
             TrainState(),
-            "c: 3 checkpoints of 6 MB plus the optimizer's memory will be written, 2 of them kept",
+            (
+                "c will save 3 checkpoints of weights and optimizer (6 MB each plus the optimizer's memory), "
+                "and keep the newest 2."
+            ),
         ),
         (
             {"save_weights": True, "save_optim": True, "keep": 9},
             TrainState().advance(samples=4),
-            "c: 3 checkpoints of 6 MB will be written, 3 of them kept",
+            "c will save 3 checkpoints of weights and optimizer (6 MB each), and keep all of them.",
         ),
         (
             {"save_weights": False, "save_latest_optim": False},
             TrainState(iteration=TrainingIteration(2, 4, 16)),
-            "c: 1 checkpoint of 2 MB will be written and kept",
+            "c will save 1 checkpoint of weights (2 MB), and keep it.",
+        ),
+        (
+            {"save_latest_optim": False, "model_names": ("w",)},
+            TrainState(),
+            "c will save 3 checkpoints of weights of w (1 MB each), and keep all of them.",
         ),
     ],
 )
@@ -117,7 +129,7 @@ def test_one_small_checkpoint_is_forecast_in_the_singular_and_in_bytes():
     callback = CheckpointCallback(every_n_epochs=9, id="c", save_latest_optim=False)
     state = TrainState(params={"w": torch.zeros(300)})
     assert callback(state, BeforeTraining(run=RUN))[1] == (
-        LogText("c: 1 checkpoint of 1.2 kB will be written and kept"),
+        LogText("c will save 1 checkpoint of weights (1.2 kB), and keep it."),
     )
 
 
@@ -149,7 +161,7 @@ def test_the_forecast_number_is_that_of_the_iterations_with_requests(run, interv
             dispatch(state, AfterEpoch(run=run))
     dispatch(state, AfterTraining(run=run))
     noun = "checkpoint" if len(saved) == 1 else "checkpoints"
-    assert forecast.text.startswith(f"c: {len(saved)} {noun} of ")
+    assert forecast.text.startswith(f"c will save {len(saved)} {noun} of ")
 
 
 def test_by_default_the_newest_is_resumable_and_older_ones_keep_weights():

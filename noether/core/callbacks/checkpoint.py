@@ -155,9 +155,9 @@ class CheckpointCallback(PeriodicCallback):
     def _forecast(self, state: TrainState, run: Run) -> str:
         count = self._count_saves(state.iteration, run)
         first, *newest = self._requests(state)
-        parts = [_describe_saves(first, state, count, keep=self.keep if self._saves_each else 1)]
-        parts += [_describe_saves(save, state, count, keep=1) for save in newest]
-        return f"{self.name}: {'; '.join(parts)}"
+        saves = [_describe_saves(first, state, count, keep=self.keep if self._saves_each else 1)]
+        saves += [_describe_saves(save, state, count, keep=1) for save in newest]
+        return f"{self.name} {' It '.join(saves)}"
 
     def _count_saves(self, start: TrainingIteration, run: Run) -> int:
         """Return the number of iterations after `start` at which the callback saves, the end of training included."""
@@ -171,14 +171,27 @@ def _name_of_part(models: Iterable[str]) -> str:
 
 
 def _describe_saves(save: SaveCheckpoint, state: TrainState, count: int, *, keep: int | None) -> str:
+    """Return the end of a sentence about `count` checkpoints: what they contain, their size, and how many stay."""
     weights = _total_bytes((weights_by_name(state, save.models), state.extra_state)) if save.weights else 0
     optimizer = _total_bytes((state.opt_state, state.callback_states)) if save.optimizer else 0
+    part = f" of {', '.join(save.models)}" if save.models else ""
+    contents = [*([f"weights{part}"] if save.weights else []), *(["optimizer"] if save.optimizer else [])]
     # The optimizer allocates its memory at the first update; before that, only the size of the weights is known.
     unknown = " plus the optimizer's memory" if save.optimizer and not state.iteration.update else ""
-    saves = f"{count_of(count, 'checkpoint')} of {format_bytes(weights + optimizer)}{unknown} will be written"
+    size = f"{format_bytes(weights + optimizer)}{' each' if count > 1 else ''}{unknown}"
     return (
-        f"{saves} and kept" if count == 1 else f"{saves}, {count if keep is None else min(count, keep):,} of them kept"
+        f"will save {count_of(count, 'checkpoint')} of {' and '.join(contents)} ({size}), and keep "
+        f"{_describe_retention(count, keep)}."
     )
+
+
+def _describe_retention(count: int, keep: int | None) -> str:
+    """Return which of `count` checkpoints stay if the newest `keep` do; None for all."""
+    if count == 1:
+        return "it"
+    if keep is None or keep >= count:
+        return "all of them"
+    return "only the newest" if keep == 1 else f"the newest {keep:,}"
 
 
 def _total_bytes(tree: object) -> int:
