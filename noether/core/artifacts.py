@@ -33,12 +33,13 @@ _CELLS: Final = (str, int, float, bool, type(None), np.generic)
 
 @dataclass(frozen=True, eq=False)
 class Artifact(Effect):
-    """The base of the effects that write a file of a run under a key; `LogText` with a key is one, too.
+    """The base of the effects that write a file of a run under a key; `LogText` with a key writes one, too.
 
-    Tensors, arrays and figures are read when the effect is run, at its event: later changes have no influence.
+    The interpreter reads tensors, arrays and figures when it runs the effect, at its event; later changes have no
+    effect on the file.
 
     Attributes:
-        kind: What it is, in logs.
+        kind: Name of its type in logs, such as `figure`.
 
     Args:
         key: Name of the artifact, such as `val/confusion`; one event writes each key once.
@@ -48,7 +49,7 @@ class Artifact(Effect):
     key: str
 
     def __post_init__(self) -> None:
-        _require(_is_text(self.key) and self.key != "", "key", f"{self.key!r} is no name: write a text")
+        _require(_is_text(self.key) and self.key != "", "key", f"{self.key!r} is not a name: write a text")
         self._check()
 
     def _check(self) -> None:
@@ -57,7 +58,7 @@ class Artifact(Effect):
 
 @dataclass(frozen=True, eq=False)
 class LogFigure(Artifact):
-    """Write a figure. A figure that pyplot manages is closed once it is written.
+    """Write a figure, and close it if pyplot manages it.
 
     Args:
         key: Name of the artifact.
@@ -65,7 +66,7 @@ class LogFigure(Artifact):
         caption: Text below the figure.
 
     Raises:
-        SettingsError: If it is neither.
+        SettingsError: If `figure` is neither, or `caption` is not a text.
 
     Example:
         >>> from matplotlib.figure import Figure
@@ -82,11 +83,11 @@ class LogFigure(Artifact):
         figure, advice = self.figure, "give a Figure of matplotlib, or the bytes of a PNG or SVG file"
         if isinstance(figure, bytes):
             known = figure.startswith(PNG) or is_svg(figure)
-            _require(known, "figure", f"bytes that begin with {figure[:12]!r} are no PNG or SVG file: {advice}")
+            _require(known, "figure", f"bytes that begin with {figure[:12]!r} are not a PNG or SVG file: {advice}")
         elif not hasattr(figure, "savefig"):
             advice = "write its .figure" if hasattr(figure, "get_figure") else advice
-            advice = "for an array of pixels there is LogImages" if _is_array(figure) else advice
-            raise SettingsError([Problem("figure", f"a {type(figure).__name__} is no figure: {advice}")])
+            advice = "return LogImages for an array of pixels" if _is_array(figure) else advice
+            raise SettingsError([Problem("figure", f"{type(figure).__name__} is not a figure: {advice}")])
         _require(_is_text(self.caption), "caption", f"{self.caption!r} is not a text")
 
 
@@ -98,10 +99,10 @@ class LogImages(Artifact):
         key: Name of the artifact.
         images: Pixels of shape `(n, height, width)` or `(n, channels, height, width)` with 1, 3 or 4 channels (gray,
             RGB, RGB and opacity); of dtype uint8, or of a floating dtype with values from 0 to 1.
-        captions: Text of each image, or none.
+        captions: Text of each image; empty for no text.
 
     Raises:
-        SettingsError: If shape, dtype or the number of captions is another; values are checked when it is run.
+        SettingsError: If shape, dtype or the number of captions does not fit. The interpreter checks the values.
 
     Example:
         >>> LogImages("digits", torch.rand(9, 8, 8), captions=tuple("123456789")).images.shape
@@ -135,7 +136,7 @@ class LogImages(Artifact):
 
 @dataclass(frozen=True, eq=False)
 class LogHistogram(Artifact):
-    """Write a histogram: of values, which are counted when the effect is run, or with counts that are known.
+    """Write a histogram, either of values, which are counted when the effect is run, or of known counts.
 
     Args:
         key: Name of the artifact.
@@ -147,7 +148,7 @@ class LogHistogram(Artifact):
         infinite: Number of values that are infinite; with `counts`.
 
     Raises:
-        SettingsError: If values as well as counts are given, or neither; or if shapes or dtypes do not fit.
+        SettingsError: If both values and counts are given, or neither; or if shapes or dtypes do not fit.
 
     Example:
         >>> LogHistogram("ages", [31, 42, 28, 35], bins=4).bins
@@ -190,7 +191,7 @@ class LogTable(Artifact):
         rows: Rows with one value for each column: texts, numbers, booleans, None, or tensors with one number.
 
     Raises:
-        SettingsError: If a row has another length, or a value is of another type; with the place.
+        SettingsError: If a row has another length, or a value another type; the message names the row and the column.
 
     Example:
         >>> LogTable("worst", ["image", "loss"], [[17, 2.5], [3, 1.25]]).rows
@@ -204,7 +205,7 @@ class LogTable(Artifact):
     def _check(self) -> None:
         names = () if isinstance(self.columns, str) else tuple(self.columns)
         valid = bool(names) and all(map(_is_text, names)) and len(set(names)) == len(names)
-        _require(valid, "columns", f"{self.columns!r} are no names of columns: write a list of texts, each once")
+        _require(valid, "columns", f"{self.columns!r} are not names of columns: write a list of texts, each once")
         rows = tuple(self.rows)
         for number, row in enumerate(rows):
             _require(
@@ -233,7 +234,7 @@ class LogFile(Artifact):
     Args:
         key: Name of the artifact.
         content: Its bytes; or the path of a file, which is read when the effect is run.
-        name: Name of the file for a person, such as `model.onnx`; by default that of the path.
+        name: Name of the file in reports and log services, such as `model.onnx`; by default that of the path.
 
     Raises:
         SettingsError: If the name is missing or is a path.
@@ -253,7 +254,7 @@ class LogFile(Artifact):
         content = self.content
         kind = type(content).__name__
         is_path = isinstance(content, str) or hasattr(content, "__fspath__")
-        _require(is_path or isinstance(content, bytes), "content", f"a {kind} is neither bytes nor a path")
+        _require(is_path or isinstance(content, bytes), "content", f"{kind} is neither bytes nor a path")
         if not self.name and is_path:
             object.__setattr__(self, "name", _file_name(str(content)))
         _require(
@@ -264,7 +265,7 @@ class LogFile(Artifact):
 
 
 ARTIFACTS: Final = (LogFigure, LogImages, LogHistogram, LogTable, LogFile)
-"""The types of artifacts beside `LogText`, which is one if it has a key."""
+"""The types of artifacts; `LogText` with a key is an artifact, too."""
 
 
 def artifact_key(effect: Effect) -> str | None:
@@ -309,7 +310,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _require_array(field: str, value: Any) -> None:
-    _require(_is_array(value), field, f"a {type(value).__name__} is no tensor: write a tensor or an array of numpy")
+    _require(_is_array(value), field, f"{type(value).__name__} is not a tensor: write a tensor or an array of numpy")
     _require(
         not is_distributed(value),
         field,
@@ -318,13 +319,13 @@ def _require_array(field: str, value: Any) -> None:
 
 
 def _require_numbers(field: str, value: Any, dimensions: int | None = None) -> tuple[int, ...]:
-    """Return the shape of numbers; refuse what is not made of real numbers, or has another number of dimensions."""
+    """Return the shape of an array; refuse values that are not real numbers, and another number of dimensions."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         value = np.asarray(value)
     _require_array(field, value)
     shape, name = tuple(value.shape), str(value.dtype).removeprefix("torch.")
     _require(name == "bool" or "int" in name or "float" in name, field, f"dtype {name} is not one of real numbers")
-    _require(dimensions in {None, len(shape)}, field, f"shape {shape} has not {dimensions} dimension")
+    _require(dimensions in {None, len(shape)}, field, f"shape {shape} does not have {dimensions} dimension")
     return shape
 
 

@@ -1,4 +1,4 @@
-"""Progress of work that takes long, such as generating a dataset; the work does not know where it is shown."""
+"""Progress of slow work, such as generating a dataset; the work does not know which display shows it."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item")
 
 
-class ShowsProgress(Protocol):
-    """What shows how far an iteration is, such as the console of a run."""
+class ProgressDisplay(Protocol):
+    """A display of the progress of iterations, such as the console of a run."""
 
     def track(self, iterable: Iterable[_Item], description: str, total: int | None = None) -> Iterator[_Item]:
         """Yield the items, and show how many of them are done."""
 
 
-_DISPLAY: Final[ContextVar[ShowsProgress | None]] = ContextVar("noether_progress_display", default=None)
+_DISPLAY: Final[ContextVar[ProgressDisplay | None]] = ContextVar("noether_progress_display", default=None)
 
 
 def track_progress(iterable: Iterable[_Item], description: str, total: int | None = None) -> Iterator[_Item]:
-    """Yield the items of an iterable, with a progress bar where there is a display.
+    """Yield the items of an iterable, and show a progress bar if there is a display.
 
-    `noether train` shows it while it constructs datasets, models and callbacks.
+    `noether train` displays it while it constructs datasets, models and callbacks.
 
     Args:
         iterable: The items.
-        description: What is done, such as `generating fields`.
+        description: Label of the bar, such as `generating fields`.
         total: The number of items; None takes `len(iterable)` if it has one.
 
     Example:
@@ -44,7 +44,7 @@ def track_progress(iterable: Iterable[_Item], description: str, total: int | Non
 
 
 @contextmanager
-def show_progress_on(display: ShowsProgress | None) -> Iterator[None]:
+def show_progress_on(display: ProgressDisplay | None) -> Iterator[None]:
     """Let `track_progress` show its progress on a display inside the block.
 
     Args:

@@ -58,7 +58,7 @@ def test_an_optimizer_without_momentum_is_named():
 
 def test_a_pattern_that_no_param_has_is_refused_before_training():
     callback = HistogramCallback(every_n_epochs=1, patterns=("wieght",))
-    with pytest.raises(SettingsError, match="no param has a name like 'wieght'; did you mean 'weight'"):
+    with pytest.raises(SettingsError, match="no param matches 'wieght'; did you mean 'weight'"):
         callback(TrainState.from_module(torch.nn.Linear(2, 1)), BeforeTraining())
 
 

@@ -32,10 +32,10 @@ class HistogramCallback(PeriodicCallback):
     """Logs a histogram of each chosen param, of its gradient, and of the momentum that the optimizer keeps for it.
 
     The keys are `weights/{param}`, `gradients/{param}` and `momentum/{param}`. Weights are those after the update.
-    Gradients are those of the update at which it fires, before clipping. The trainer copies all gradients there; with
-    `trainer.compile`, and in a `Session`, at each update. Momentum is the running mean of the gradients, `exp_avg` of
-    Adam or `momentum_buffer` of SGD, which is also known at the end of an epoch. Values that are not finite are counted
-    apart. Without a gradient, as in an update that was skipped, or without momentum, a firing says so.
+    Gradients are those of the update at which it fires, before clipping. The trainer copies all gradients at that
+    update; with `trainer.compile`, and in a `Session`, at every update. Momentum is the running mean of the gradients,
+    `exp_avg` of Adam or `momentum_buffer` of SGD, which is also known at the end of an epoch. Values that are not
+    finite are counted apart. Without gradients, as at a skipped update, or without momentum, a firing logs a line.
 
     A firing reads each chosen tensor twice. Params of a sharded state are gathered, one after the other.
 
@@ -49,7 +49,7 @@ class HistogramCallback(PeriodicCallback):
         every_n_samples: Samples between firings, >= 1; give exactly one of the three.
 
     Raises:
-        SettingsError: If a setting is out of range; before training, if no param has a name like one of `patterns`.
+        SettingsError: If a setting is out of range; before training, if no param matches one of `patterns`.
         ValueError: If the loop does not pass the gradients.
 
     ```yaml
@@ -99,11 +99,9 @@ class HistogramCallback(PeriodicCallback):
         return (*super().name_parts(), ",".join(self.patterns), ",".join(self.of))
 
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
-        """Refuse patterns that no param has."""
+        """Refuse patterns that match no param."""
         unknown = [each for each in self.patterns if not any(fnmatchcase(name, each) for name in state.params)]
-        problems = [
-            Problem("patterns", f"no param has a name like {each!r}{suggest(each, state.params)}") for each in unknown
-        ]
+        problems = [Problem("patterns", f"no param matches {each!r}{suggest(each, state.params)}") for each in unknown]
         raise_problems(problems)
         return state, ()
 

@@ -1,4 +1,4 @@
-"""Logs what the model makes of the first samples of a dataset, as a figure function of the user's draws it."""
+"""Logs a figure of the outputs of the model for the first samples of a dataset, drawn by a function of the user."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class PredictionsCallback(PeriodicDataIteratorCallback):
     """Passes the first batch of a dataset through the model, and logs a figure of the outputs.
 
     The samples are the same at every firing: the first `batch_size` of the dataset, in its order. The model is in
-    evaluation mode, and no random number of the training is drawn. On several ranks each calls the model with the same
-    batch, and rank 0 writes.
+    evaluation mode, and the random generators of the training do not change. On several ranks, each rank calls the
+    model with the same batch, and rank 0 writes the figure.
 
     Args:
         dataset_key: Name of the dataset.
@@ -74,7 +74,7 @@ class PredictionsCallback(PeriodicDataIteratorCallback):
         return state, ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
-        """Call the model with the first batch, and log what `figure` makes of it."""
+        """Call the model with the first batch, and log the figure of its outputs."""
         used = state if self.weights is None else use_weights(state, self.weights)
         sized = event.run.sized_batches(self._batches(event))
         batch = next((batch for batch, size in sized if size), None)

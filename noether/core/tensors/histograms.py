@@ -1,4 +1,4 @@
-"""Histograms of tensors of any size, counted where the tensor is."""
+"""Histograms of tensors of any size, counted on the device of the tensor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Histogram(NamedTuple):
 def count_values(values: torch.Tensor, bins: int) -> Histogram:
     """Return the histogram of the values of a tensor, in bins of one width from its least to its largest finite value.
 
-    It reads the tensor twice, in chunks. Values that are all equal are in the middle of bins of total width 1 or more.
+    It reads the tensor twice, in chunks. If all values are equal, they are in the middle of bins of total width 1 or
+    more; without a finite value, the bins are those from 0 to 1.
 
     Args:
         values: Real numbers of any shape and dtype; it may be empty. A tensor of the meta device counts as empty, as a

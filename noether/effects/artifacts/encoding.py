@@ -1,4 +1,4 @@
-"""What an artifact is as a file: its bytes, and its plain values for services that show it in their own way."""
+"""Encodes artifacts: the bytes of their files, and plain values for log services such as TensorBoard."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _SUFFIX: Final = re.compile(r"\.[A-Za-z0-9]{1,12}\Z")
 
 @dataclasses.dataclass(frozen=True)
 class EncodedArtifact:
-    """An artifact as plain values: nothing of the run changes it any more.
+    """An artifact as plain values, which share no memory with tensors or figures of the run.
 
     Args:
         kind: `figure`, `images`, `histogram`, `table`, `text` or `file`.
         key: Name of the artifact.
         content: The bytes of its file.
         suffix: End of the name of its file, such as `.png`.
-        value: Its content for services. Of images, an array of shape `(n, height, width, channels)` and dtype uint8;
-            of a histogram or a table, the content of its JSON; of a text, the text; of others, None.
-        caption: Text for a person.
-        captions: Text of each image, or none.
-        name: Name of a file for a person; of others, an empty text.
+        value: Its content for log services: for images, an array of shape `(n, height, width, channels)` and dtype
+            uint8; for a histogram or a table, the content of its JSON; for a text, the text; else None.
+        caption: Text below a figure or images.
+        captions: Text of each image; empty without texts.
+        name: Name that the user gave to a file; empty for other kinds.
     """
 
     kind: str
@@ -54,7 +54,7 @@ class EncodedArtifact:
 
 @functools.singledispatch
 def encode_artifact(effect: Any) -> EncodedArtifact:
-    """Return an artifact as a file; read its tensors from their device, draw its figure, or read its file.
+    """Return an artifact as a file: copy its tensors to the CPU, draw its figure, or read its file.
 
     Figures and images become PNG, histograms and tables JSON. The file of a figure depends on nothing but the figure.
 
@@ -67,7 +67,7 @@ def encode_artifact(effect: Any) -> EncodedArtifact:
         >>> artifact.suffix, artifact.content
         ('.json', b'{"columns": ["image", "loss"], "rows": [[17, "Infinity"]]}')
     """
-    raise TypeError(f"{type(effect).__name__} is no artifact")
+    raise TypeError(f"{type(effect).__name__} is not an artifact")
 
 
 @encode_artifact.register
@@ -121,7 +121,7 @@ def _(effect: LogFile) -> EncodedArtifact:
 
 
 def close_figure(effect: object) -> None:
-    """Close the figure of an effect if pyplot manages it, which would keep each figure in memory otherwise."""
+    """Close the figure of an effect if pyplot manages it; otherwise pyplot keeps every figure in memory."""
     pyplot, module = sys.modules.get("matplotlib.pyplot"), sys.modules.get("matplotlib.figure")
     figure = effect.figure if isinstance(effect, LogFigure) else None
     if pyplot is not None and module is not None and isinstance(figure, module.Figure):

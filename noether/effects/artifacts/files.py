@@ -27,14 +27,14 @@ FOLDER: Final = "artifacts"
 
 
 class Guard(Protocol):
-    """Returns a function that reports the errors of another one under a name, as `LogGuard.guard` does."""
+    """Wraps a function so that its errors are reported under a name and not raised, as `LogGuard.guard` does."""
 
     def __call__(self, name: str, write: Callable[..., None], /) -> Callable[..., None]:
-        """Return the function."""
+        """Return the wrapped function."""
 
 
 def write_artifact(artifact: EncodedArtifact, folder: Path, disk: Disk) -> dict[str, Any]:
-    """Write the file of an artifact below `artifacts/`, unless it is there; return the entry that refers to it.
+    """Write the file of an artifact below `artifacts/` unless it exists; return the entry of the log that names it.
 
     The file is on the disk once this returns, whole and under its name, so a line of a log may name it.
 
@@ -61,7 +61,7 @@ def artifact_handlers(
 ) -> dict[type[Effect], list[Handler]]:
     """Return the handlers of all artifacts, and of `LogText`.
 
-    An artifact is encoded once for all destinations. An error in one of them does not concern the others.
+    An artifact is encoded once for all destinations. If one destination fails, the others still get it.
 
     Args:
         texts: Handlers of a text without a key.
@@ -90,12 +90,12 @@ def artifact_handlers(
 class ArtifactFiles:
     """Writes artifacts below the directory of a run, and an entry for each to a log.
 
-    A crash between the two leaves a file that no log names. It stays: the resumed run writes the same content again,
-    and finds it there.
+    A crash between the two leaves a file that no log names. It stays on the disk, and the resumed run uses it when it
+    logs the same content again.
 
     Args:
         folder: The directory of the run.
-        check_location: Raises `RunMovedError` if the directory was moved, so that it is not made again.
+        check_location: Raises `RunMovedError` if the directory was moved, so that no new one is made at the old path.
         log: `(entries, state, event)`: writes a line with the entries by key.
         disk: The disk.
     """

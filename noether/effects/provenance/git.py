@@ -44,7 +44,7 @@ class GitState:
         dirty: Whether tracked files differ from the commit; None if git did not say.
         untracked: Files and folders that git neither tracks nor ignores, at most `MAX_UNTRACKED`.
         diff: Changes of tracked files since the commit, as `git diff HEAD` prints them; empty without any.
-        problem: What could not be found out and why, or where something was cut; empty if all is known.
+        problem: Facts that git did not give, with the reason, and what is cut; empty if the state is complete.
     """
 
     commit: str | None = None
@@ -60,7 +60,7 @@ def read_git_state(directory: Path, timeout_s: float = _TIMEOUT_S) -> GitState |
 
     Args:
         directory: The directory.
-        timeout_s: After this time in seconds git is left alone, and the state says what is missing.
+        timeout_s: Time limit in seconds; after it, git is killed, and `problem` says what is missing.
     """
     with suppress(OSError):
         if not any((folder / ".git").exists() for folder in (directory, *directory.parents)):
@@ -84,7 +84,7 @@ def read_git_state(directory: Path, timeout_s: float = _TIMEOUT_S) -> GitState |
 @final
 @dataclass
 class _Command:
-    """A git command that a thread runs and reads, so that one that hangs can be left, even on a disk that hangs."""
+    """A git command that a thread runs, so that the caller never waits for a git or a disk that hangs."""
 
     arguments: tuple[str, ...]
     directory: Path
@@ -102,7 +102,7 @@ class _Command:
         self._thread.start()
 
     def join(self, timeout_s: float) -> None:
-        """Wait for the end of the command, and end it after a time."""
+        """Wait for the command, and kill it after `timeout_s` seconds."""
         self._thread.join(max(timeout_s, 0))
         if self._thread.is_alive() and (process := self._process) is not None:
             process.kill()

@@ -35,10 +35,10 @@ _VALID_S: Final = 5.0
 def describe_process(devices: Iterable[torch.device], store: Callable[[bytes, str], str]) -> dict[str, Any]:
     """Return facts about this process, as plain values.
 
-    No environment variable is read. Of the command line, values whose name ends like that of a secret are masked.
+    It reads no environment variable, and masks values in the command line whose names say that they are secret.
 
     Args:
-        devices: Where the model is.
+        devices: The devices of the model.
         store: Writes content under a name that follows from it, with a suffix such as `.diff`; returns its path in the
             run directory.
 
@@ -52,7 +52,7 @@ def describe_process(devices: Iterable[torch.device], store: Callable[[bytes, st
         (True, True)
     """
     directory = Path.cwd()
-    code, packages = read_surroundings(directory, int(time.monotonic() // _VALID_S))
+    code, packages = read_code_and_packages(directory, int(time.monotonic() // _VALID_S))
     return {
         "started_s": round(time.time(), 3),
         "command": escape_controls(command_line(sys.orig_argv)),
@@ -68,8 +68,8 @@ def describe_process(devices: Iterable[torch.device], store: Callable[[bytes, st
 
 
 @lru_cache(maxsize=1)
-def read_surroundings(directory: Path, _period: int) -> tuple[GitState | None, Mapping[str, str]]:
-    """Return the state of the code and the imported packages, read once in a period: a process may begin many runs."""
+def read_code_and_packages(directory: Path, _period: int) -> tuple[GitState | None, Mapping[str, str]]:
+    """Return the git state of a directory and the imported packages; cached for a period, because runs may be short."""
     return read_git_state(directory), dict(_imported_packages())
 
 
@@ -87,8 +87,8 @@ def _describe_code(state: GitState, store: Callable[[bytes, str], str]) -> dict[
 def command_line(words: Sequence[str]) -> str:
     """Return a command line as text for a shell, with the values of secrets masked.
 
-    A value is one if its name ends with token, secret, password, passphrase, credentials, or api, access, private or
-    secret key; also a login in a URL.
+    A value is masked if its name ends with token, secret, password, passphrase, credentials, or with api, access,
+    private or secret key. A login in a URL is masked, too.
 
     Example:
         >>> command_line(["/usr/bin/python3", "/usr/bin/noether", "train", "a.yaml", "--set", "data.api_key=abc"])
@@ -133,8 +133,8 @@ def _device_name(device: torch.device) -> str:
 def _imported_packages() -> Iterator[tuple[str, str]]:
     """Yield name and version of each package that is imported now, sorted by name.
 
-    The names of the folders `NAME-VERSION.dist-info` say what is installed: to read the metadata of all of them takes a
-    tenth of a second.
+    Names and versions come from the folders `NAME-VERSION.dist-info`, because `importlib.metadata` takes a tenth of a
+    second to read all files in them.
     """
     imported = {name.partition(".")[0] for name in sys.modules}
     found: dict[str, str] = {}

@@ -67,7 +67,7 @@ def test_the_facts(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def read_again():
     """Forget what an earlier test read a moment ago."""
-    process.read_surroundings.cache_clear()
+    process.read_code_and_packages.cache_clear()
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_run_records_its_processes(repository):
     assert b"+x = 2" in (run.directory / facts["git"]["diff"]).read_bytes()
 
     (repository / "mine.py").write_text("x = 1\n")
-    process.read_surroundings.cache_clear()
+    process.read_code_and_packages.cache_clear()
     noether.train(resume=run.directory, overrides=["trainer.max_updates=4"])
     both = read_summary(run.directory / "summary.json")["processes"]
     assert list(both) == ["E0_U0_S0", "E0_U2_S16"]
