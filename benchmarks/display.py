@@ -32,7 +32,7 @@ from noether.core.iteration import TrainingIteration
 from noether.core.run import Run
 from noether.core.text import count_of
 from noether.effects.console.live.bottom_rows import BottomRows
-from noether.effects.console.live.live_region import LiveRegion, Looks
+from noether.effects.console.live.live_region import LiveRegion, TerminalStyle
 from noether.effects.console.live.live_view import RunView
 from noether.reports.reading.run_record import read_run
 
@@ -114,11 +114,11 @@ def measure_drawing(count: int = 400) -> float:
     reader.start()
     with os.fdopen(theirs, "w") as file:
         rows = BottomRows(file, lambda: (120, 40))
-        region = LiveRegion(view, rows, lambda: (120, 40), Looks(has_colors=True, has_signs=True))
+        region = LiveRegion(view, rows, lambda: (120, 40), TerminalStyle(has_colors=True, has_unicode=True))
         before = time.process_time()
         for number in range(count):
             view.newest = replace(at, update=at.update + number), at
-            region.tick()
+            region.redraw()
         cpu_s = time.process_time() - before
         if not rows.are_shown:
             raise click.ClickException("nothing was drawn: another library shows a bar in this process")

@@ -33,7 +33,7 @@ from noether.core.callbacks import (
     OnlineLossCallback,
 )
 from noether.core.callbacks.base import CallbackBase
-from noether.effects.console.live.other_bars import others_draw
+from noether.effects.console.live.other_bars import has_other_bar
 from noether.integrations.keras.callback import NoetherCallback
 from noether.integrations.keras.module import KerasModule
 from noether.integrations.keras.optimizer import KerasOptimizer
@@ -582,4 +582,4 @@ def test_an_error_in_fit_is_recorded_below_the_bar_of_keras(tmp_path, capsys):
     assert (summary["status"], summary["ending"]) == ("failed", "failed at E0_U3_S6: ValueError: mine")
     assert [line.split()[1] for line in lines if line.startswith("model ")] == ["Sequential,"]
     assert [line.split()[:2] for line in lines if "ending" in line] == [["ending", "failed"]]
-    assert not others_draw()
+    assert not has_other_bar()

@@ -12,7 +12,7 @@ from reading import write_lines
 from rich.console import Console
 
 from noether import open_run, read_run
-from noether.effects.console.run_panels import layout, plain_lines
+from noether.effects.console.run_panels import layout_panel, plain_lines
 from noether.reports.run_panel import describe_run, draw_trend, to_values
 
 
@@ -86,7 +86,7 @@ def test_seconds_of_all_processes_are_added(tmp_path):
 def test_many_long_names_fit_the_terminal_and_no_value_is_cut(tmp_path, width):
     keys = [f"loss/{'part/' * 15}{number}" for number in range(60)]
     run = write_run(tmp_path / "a", [{key: number + 0.123456 for number, key in enumerate(keys)}] * 3)
-    lines = ["".join(text for text, _ in line) for line in layout(describe_run(run), width)]
+    lines = ["".join(text for text, _ in line) for line in layout_panel(describe_run(run), width)]
     assert max(map(len, lines)) <= width
     words = " ".join(lines).replace(",", " ").split()
     assert {f"{number + 0.123456:.6g}" for number in range(60)} <= set(words)

@@ -1,4 +1,4 @@
-"""Where the lines of a run go: to a file as they are, on a terminal above a live display and the bars of others."""
+"""Where the lines of a run go: to a file; on a terminal, above the live display or the bars of other libraries."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from noether.core.event import AfterTraining, AfterUpdate, AtEval
 from noether.core.text import escape_controls
 from noether.effects.console.columns import LABEL_WIDTH, add_label, format_line, repeats_single_loss
 from noether.effects.console.live.bottom_rows import BottomRows
-from noether.effects.console.live.live_region import LiveRegion, Looks
+from noether.effects.console.live.live_region import LiveRegion, TerminalStyle
 from noether.effects.console.live.live_view import RunView, TaskView
 from noether.effects.console.live.notebook import NotebookRows
-from noether.effects.console.live.other_bars import choose_output, others_draw, removed_bars
-from noether.effects.console.live.progress_lines import describe_progress, is_live
+from noether.effects.console.live.other_bars import choose_output, has_other_bar, hide_other_bars
+from noether.effects.console.live.progress_lines import describe_progress, is_interactive
 from noether.effects.console.run_panels import command_lines, plain_lines
 from noether.effects.console.scrolling_lines import ChangedMetrics, wrap_texts
 from noether.effects.console.unbuffered import write_unbuffered
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _UPDATE_INTERVAL_S: Final = 1.0
 _HEARTBEAT_S: Final = 300.0
-_LIVE_UPDATE_INTERVAL_S: Final = 10.0  # the live display has the newest values
+_LIVE_UPDATE_INTERVAL_S: Final = 10.0  # the live display shows the newest values
 _NOTEBOOK_SIZE: Final = (100, 40)
 _Item = TypeVar("_Item")
 
@@ -52,16 +52,23 @@ class Console:
     r"""Writes lines for a person: texts, and one line of metrics per event; on a terminal, above a live display.
 
     Control characters in texts and metrics are written as visible escapes, such as `\x1b`; the log has them unchanged.
-    Without a terminal, metrics of updates are written at most once a second, and as a heartbeat, the last lines are
-    repeated after 300 s without output, until training ends. The live display has the newest values, so above it
-    appear the metrics of updates at most every ten seconds, and only those that changed and fit into one line; above
-    the bars of others, every second.
+    Metrics of updates are written at most once a second. The live display shows the newest values, so above it they are
+    written at most every ten seconds: those that changed, as many as fit into one line. As a heartbeat, the last lines
+    are repeated after 300 s without output, until training ends.
 
     Attributes:
         view: What the live display shows.
 
     Args:
         console: Where to write; by default the standard output, where long lines are not wrapped.
+
+    Example:
+        >>> from noether import AfterTraining, LogScalars, TrainState
+        >>> console = Console()
+        >>> state = TrainState().advance(samples=4)
+        >>> console.write_scalars(LogScalars({"loss": 0.5}), state, AfterTraining())
+        E0_U1_S4           loss  0.5
+        >>> console.close()
     """
 
     def __init__(self, console: RichConsole | None = None) -> None:
@@ -71,10 +78,10 @@ class Console:
         # wrap, record or capture it.
         self._is_plain = console is None and (not self._is_terminal or self._console.is_jupyter)
         self.view = RunView()
-        self._measure = partial(_measure, self._console)  # no reference to this object, for the thread
+        self._measure = partial(_measure, self._console)  # the thread must not keep this object alive
         self._rows = BottomRows(self._console.file, self._measure)
         self._live = self._make_live()
-        self._changed = None if self._live is None else ChangedMetrics(self.view, self._live.looks)
+        self._changed = None if self._live is None else ChangedMetrics(self.view, self._live.style)
         self._label_width = LABEL_WIDTH
         if self._live is not None:
             # Without this, a loop that raises without closing its run would leave the rows on the terminal.
@@ -86,25 +93,25 @@ class Console:
 
     def _make_live(self) -> LiveRegion | None:
         if self._console.is_jupyter:
-            looks = Looks(has_colors=False, has_signs=True)
-            return LiveRegion(self.view, NotebookRows(), lambda: _NOTEBOOK_SIZE, looks)
-        if not is_live(self._console):
+            style = TerminalStyle(has_colors=False, has_unicode=True)
+            return LiveRegion(self.view, NotebookRows(), lambda: _NOTEBOOK_SIZE, style)
+        if not is_interactive(self._console):
             return None
         has_colors = self._console.color_system is not None and not self._console.no_color
-        looks = Looks(has_colors=has_colors, has_signs=self._console.encoding.startswith("utf"))
-        return LiveRegion(self.view, self._rows, self._measure, looks)
+        style = TerminalStyle(has_colors=has_colors, has_unicode=self._console.encoding.startswith("utf"))
+        return LiveRegion(self.view, self._rows, self._measure, style)
 
     def watch(self, callbacks: Iterable[Callback], state: TrainState) -> None:
         """Show the metrics that callbacks watch on the live display, with their best.
 
         Args:
             callbacks: The callbacks of the run, without decorators.
-            state: Where it begins.
+            state: The state in which the run begins.
         """
         self.view.watch(callbacks, state)
 
     def observe(self, state: TrainState, event: Event) -> None:
-        """Take the newest counters; called at every event, so it costs next to nothing."""
+        """Pass the newest iteration to the live display; called at every event, so it has to be cheap."""
         self.view.newest = state.iteration, state.epoch_start
         if event.run is not self._run or type(event) is AfterTraining:
             self._begin_or_end(event)
@@ -124,11 +131,11 @@ class Console:
             self._live.start()
 
     def track(self, iterable: Iterable[_Item], description: str, total: int | None = None) -> Iterator[_Item]:
-        """Yield the items of an iterable, and show on the live display how far it is, if it takes long.
+        """Yield the items of an iterable; the live display shows their progress if they take more than half a second.
 
         Args:
             iterable: The items.
-            description: What is done, such as `evaluating val`.
+            description: What is done with the items, such as `evaluating val`.
             total: The number of items; None takes `len(iterable)` if it has one.
         """
         if self._live is None:
@@ -160,15 +167,15 @@ class Console:
         metrics = {key: value for key, value in loud.items() if not repeats_single_loss(key, loud)}
         self.view.log(metrics, state.iteration)
         # A loop that sets no time on its events gets every line. The difference is negative if the clock was set back.
-        is_update, is_shown = isinstance(event, AfterUpdate), self._live is not None and self._live.is_running
-        interval_s = _LIVE_UPDATE_INTERVAL_S if is_shown and not others_draw() else _UPDATE_INTERVAL_S
+        is_update, has_display = isinstance(event, AfterUpdate), self._live is not None and self._live.is_running
+        interval_s = _LIVE_UPDATE_INTERVAL_S if has_display and not has_other_bar() else _UPDATE_INTERVAL_S
         if is_update and event.time_s and 0 <= event.time_s - self._last_update_s < interval_s:
             return
         if not metrics:
             return
         if is_update:
             self._last_update_s = event.time_s
-        if not is_shown:
+        if not has_display:
             self._write(self._add_label(state, [format_line(metrics)]), event)
         elif self._changed is not None and (
             line := self._changed.describe(metrics, self._console.width - self._label_width - 2)
@@ -179,7 +186,7 @@ class Console:
         return add_label(state, lines, self._label_width)
 
     def show_progress(self, effect: ShowProgress, state: TrainState, event: Event) -> None:
-        """Show progress on the live display, or as a line where it is due: the handler of `ShowProgress`."""
+        """Show progress on the live display, or write a line if the effect is due: the handler of `ShowProgress`."""
         if self._live is None:
             if effect.due:
                 self._write(self._add_label(state, [describe_progress(effect, state)]), event)
@@ -192,7 +199,7 @@ class Console:
         if isinstance(renderable, str):
             self._print(renderable)
             return
-        with self._begun_line():
+        with self._at_line_start():
             self._console.print(renderable, markup=False, emoji=False)
 
     @property
@@ -201,14 +208,14 @@ class Console:
         return self._console.is_jupyter or (self._is_terminal and not self._console.is_dumb_terminal)
 
     def write_panel(self, panel: RunPanel) -> None:
-        """Write a panel, in place of the live display."""
+        """Write a panel, and remove the live display until the next event."""
         self._run = None  # the next event shows the display again
         if self._live is not None:
             self._live.stop()
         if not self.shows_panels or self._console.quiet:
             self._print("\n".join(plain_lines(panel)))
             return
-        with self._begun_line():
+        with self._at_line_start():
             if (output := choose_output(self._console.file)) is self._console.file:
                 self._print_panel(panel)
                 return
@@ -223,8 +230,8 @@ class Console:
 
     def write_notice(self, text: str) -> None:
         """Write a line at once, from any thread; a terminal may have echoed ^C before it."""
-        is_apart = self._is_terminal and not self._rows.are_shown
-        self._print("\n" * is_apart + escape_controls(text))
+        begin = "\n" if self._is_terminal and not self._rows.are_shown else ""
+        self._print(begin + escape_controls(text))
 
     def close(self) -> None:
         """Stop the heartbeat, and remove the live display."""
@@ -234,20 +241,20 @@ class Console:
             self._live.stop()
 
     def _write(self, lines: str, event: Event) -> None:
-        """Write lines, and start the heartbeat if training continues after the event and no display shows it."""
+        """Write lines, and start the heartbeat if training continues after the event."""
         self._print(lines)
         if isinstance(event, AfterTraining):
             self._stop_heartbeat()
             return
         self._last_lines = lines, monotonic()
-        if self._timer is None:  # a running timer sees the new lines; a new thread per line would take longer
+        if self._timer is None:  # a running timer sees the new lines; a thread for each line would cost more
             self._start_timer(_HEARTBEAT_S)
 
     def _print(self, lines: str) -> None:
-        """Print a text unchanged, without interpreting `[bold]` or `:100:` in logged texts as markup."""
-        if self._console.quiet:  # a bar of rich would print what it gets
+        """Print a text; markup in it, such as `[bold]` or `:100:`, is not interpreted."""
+        if self._console.quiet:  # the proxy of a bar of rich would print the text all the same
             return
-        with self._begun_line():
+        with self._at_line_start():
             output = choose_output(self._console.file)
             if self._live is not None and self._is_terminal:  # the width of a dumb terminal is not known
                 lines = wrap_texts(lines, self._console.width, self._label_width + 1)
@@ -261,11 +268,11 @@ class Console:
             write_unbuffered(output, f"{text.plain}\n")
 
     @contextmanager
-    def _begun_line(self) -> Iterator[None]:
-        """Let what is written in the block begin at the start of a line, and above the bars of others."""
+    def _at_line_start(self) -> Iterator[None]:
+        """Make the output of the block begin at the start of a line, above the bars of other libraries."""
         if self._live is not None:
             self._live.raise_error()
-        with removed_bars(sys.stdout):
+        with hide_other_bars(sys.stdout):
             if self._rows.are_shown:
                 self._console.file.write(self._rows.start_line())
             yield

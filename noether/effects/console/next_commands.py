@@ -1,4 +1,4 @@
-"""Commands that make sense for a run, from its status, configuration and checkpoints; and how a terminal wraps them."""
+"""Commands to run next, chosen by the status, configuration and checkpoints of a run, and wrapped for a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _RESUMABLE: Final = ("interrupted", "failed", "killed")
-_CONTINUED: Final = " \\"
+_BACKSLASH: Final = " \\"
 _INDENT: Final = "  "
 
 
@@ -27,15 +27,16 @@ def suggest_commands(
     at: TrainingIteration | None = None,
     allow: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Return the commands that make sense for a run, by what they do.
+    """Return the commands that a user may want to run next, by what they do.
 
     Args:
         path: The run directory.
         status: Its status, such as `running` or `killed`.
-        config: Its configuration as plain values; None for a run of a program, which no command trains or evaluates.
+        config: Its configuration as plain values; None for a run of a user's own loop, which no command can continue or
+            evaluate.
         pointers: The names of its pointers to checkpoints.
-        at: Where it is; None for its beginning.
-        allow: Prefixes of modules that its `kind` may name.
+        at: The iteration that it has reached; None for its start.
+        allow: Prefixes of modules that its configuration may import; the commands allow them again.
 
     Example:
         >>> from pathlib import Path
@@ -55,17 +56,17 @@ def suggest_commands(
         commands["follow"] = ["noether", "show", str(path), "--follow"]
     elif config is not None and status in _RESUMABLE:
         commands["resume"] = [*resume, *allowed]
-    if config and pointers and (options := _evaluate(config, pointers)) is not None:
+    if config and pointers and (options := _evaluation_options(config, pointers)) is not None:
         commands["evaluate"] = ["noether", "eval", str(path), *options, *allowed]
     commands["show"] = ["noether", "show", str(path)]
     commands["report"] = ["noether", "report", str(path)]
-    if config and pointers and (options := _continue(config, status, at or TrainingIteration())):
+    if config and pointers and (options := _continuation_options(config, status, at or TrainingIteration())):
         commands["continue"] = [*resume, *options, *allowed]
     return {name: shlex.join(words) for name, words in commands.items()}
 
 
-def _evaluate(config: Mapping[str, Any], pointers: Collection[str]) -> list[str] | None:
-    """Return the options that evaluate the best checkpoint, on test data if there are any; None without such data."""
+def _evaluation_options(config: Mapping[str, Any], pointers: Collection[str]) -> list[str] | None:
+    """Return the options to evaluate the best checkpoint, on `test` if there is that dataset; None without any."""
     datasets = [name for name, value in config.get("data", {}).items() if name != "train" and isinstance(value, dict)]
     if not datasets:
         return None
@@ -74,8 +75,8 @@ def _evaluate(config: Mapping[str, Any], pointers: Collection[str]) -> list[str]
     return [*options, "--data", "test" if "test" in datasets else datasets[0]]
 
 
-def _continue(config: Mapping[str, Any], status: str, at: TrainingIteration) -> list[str]:
-    """Return the options that continue a run that ended: after a stop until its end, after its end twice as long."""
+def _continuation_options(config: Mapping[str, Any], status: str, at: TrainingIteration) -> list[str]:
+    """Return the options to continue a run: `--continue` after an early stop, or an end that is twice as late."""
     trainer = config.get("trainer", {})
     settings = ((f"max_{counter}s", getattr(at, counter)) for counter in COUNTERS)
     ends = [(name, trainer[name], done) for name, done in settings if isinstance(trainer.get(name), int)]
@@ -88,10 +89,10 @@ def _continue(config: Mapping[str, Any], status: str, at: TrainingIteration) -> 
 
 
 def wrap_command(command: str, width: int) -> list[str]:
-    r"""Return a command in lines of at most `width` characters, of which a shell makes one command again.
+    r"""Return a command in lines of at most `width` characters, which a shell reads as one command.
 
-    A line that is continued ends with a backslash. An option stays with its value, and no word is broken: a longer one
-    makes a longer line.
+    All lines but the last end with a backslash. An option and its value share a line, and no word is broken, so a long
+    word makes a line that is wider than the terminal.
 
     Args:
         command: The command, quoted as by `shlex.join`.
@@ -105,17 +106,17 @@ def wrap_command(command: str, width: int) -> list[str]:
     first, *others = _join_options([shlex.quote(word) for word in shlex.split(command)])
     lines = [first]
     for number, part in enumerate(others, start=1):
-        reserved = len(_CONTINUED) if number < len(others) else 0
+        reserved = len(_BACKSLASH) if number < len(others) else 0
         if cell_len(lines[-1]) + 1 + cell_len(part) + reserved <= width:
             lines[-1] += f" {part}"
         else:
-            lines[-1] += _CONTINUED
+            lines[-1] += _BACKSLASH
             lines.append(_INDENT + part)
     return lines
 
 
 def _join_options(words: Sequence[str]) -> Iterator[str]:
-    """Yield words, each option together with the word that follows it."""
+    """Yield words; an option and the word after it are one item."""
     rest = iter(words)
     for word in rest:
         value = next(rest, None) if word.startswith("--") else None

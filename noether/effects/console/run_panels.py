@@ -1,13 +1,13 @@
-"""Panels that describe a run at its start and at its end: what they say, and how they look on a terminal and in a file.
+"""Panels that describe a run at its start and at its end, as boxes on a terminal and as aligned lines in a file.
 
-`layout` fits a panel into the width of a terminal. It breaks lines between words, and a word that is longer than a line
-after a `/` or another separator. Without a width, each fact is one line.
+`layout_panel` fits a panel into the width of a terminal: it breaks lines between words, and words that are longer than
+a line after a `/` or another separator. In a file, each fact is one line.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain, repeat, zip_longest
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Final, final
 
 from rich.box import ROUNDED
@@ -24,6 +24,7 @@ from noether.effects.console.tables import (
     NAME,
     TEXT,
     Table,
+    arrange_columns,
     layout_table,
     pad,
     width_of,
@@ -39,21 +40,22 @@ if TYPE_CHECKING:
 
     Facts = Sequence[tuple[str, Sequence[str]]]
 
-_BORDER: Final = 4  # characters of a line that are left and right of the content of a panel
+_BORDER: Final = 4  # columns of a line that the border and its padding take
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class RunPanel:
-    r"""What a panel says.
+    r"""The content of a panel: a title, named facts, a table and commands.
 
     Args:
-        title: Its first line.
-        facts: Names with what there is to say, each in one or several entries.
+        title: The title, in the border.
+        facts: Names, each with one or several entries.
         table: A table below the facts.
-        commands: Names with commands; a terminal has them below the border, so that they can be copied.
-        style: Colour of the border.
-        max_lines: Most lines on a terminal, border included; the last one says how many are left out. None for all.
+        commands: Names, each with a command; on a terminal they are below the border, so that they can be copied.
+        style: Style of the border, as rich names it.
+        max_lines: Maximum number of lines on a terminal, with the border; the last line counts the lines that are left
+            out. None for no maximum.
 
     Example:
         >>> facts = [("model", ["Net, 1,638 parameters"]), ("data", ["train 1,205 samples", "val 296 samples"])]
@@ -75,7 +77,7 @@ class RunPanel:
         width = options.max_width - _BORDER
         fits = cell_len(self.title) <= width - GAP
         lines = [] if fits else [((line, HEAD),) for line in wrap_words(escape_controls(self.title), width)]
-        content = Text("\n").join(map(_to_text, self._fit_height([*lines, *layout(self, width)])))
+        content = Text("\n").join(map(_to_text, self._fit_height([*lines, *layout_panel(self, width)])))
         title = Text(escape_controls(self.title), HEAD) if fits else None
         yield Panel(content, ROUNDED, title=title, title_align="left", border_style=self.style, expand=False)
 
@@ -88,16 +90,16 @@ class RunPanel:
 
 
 def plain_lines(panel: RunPanel) -> list[str]:
-    """Return a panel as lines of a file: aligned, without title and border."""
-    names = width_of(name for name, _ in [*panel.facts, *panel.commands])
+    """Return a panel as aligned lines for a file, without title and border."""
+    name_width = width_of(name for name, _ in [*panel.facts, *panel.commands])
     facts = [(name, "; ".join(entries)) for name, entries in panel.facts]
     table = [] if panel.table is None or not panel.table.rows else layout_table(panel.table, None)
-    lines = [*_name_lines(facts, names), *table, *_name_lines(panel.commands, names)]
+    lines = [*_lay_out_names(facts, name_width), *table, *_lay_out_names(panel.commands, name_width)]
     return [_to_text(line).plain.rstrip() for line in lines]
 
 
 def command_lines(panel: RunPanel, width: int) -> list[Text]:
-    """Return the commands of a panel as lines for a terminal of `width` characters, so that they can be copied."""
+    """Return the commands of a panel, wrapped to `width` characters so that a shell still reads each as one command."""
     indent = width_of(name for name, _ in panel.commands) + GAP
     lines: list[Line] = []
     for name, command in panel.commands:
@@ -107,13 +109,13 @@ def command_lines(panel: RunPanel, width: int) -> list[Text]:
     return [_to_text(line) for line in lines]
 
 
-def layout(panel: RunPanel, width: int) -> list[Line]:
-    """Return facts and table as lines of at most `width` characters."""
-    names = width_of(name for name, _ in panel.facts)
-    is_wide = width - names - GAP >= MIN_TEXT
+def layout_panel(panel: RunPanel, width: int) -> list[Line]:
+    """Return the facts and the table of a panel as lines of at most `width` characters."""
+    name_width = width_of(name for name, _ in panel.facts)
+    is_wide = width - name_width - GAP >= MIN_TEXT
     lines: list[Line] = []
     for name, entries in panel.facts:
-        indent = names + GAP if is_wide else min(GAP, width - 2)
+        indent = name_width + GAP if is_wide else min(GAP, width - 2)
         texts = _arrange([escape_controls(entry) for entry in entries], width - indent)
         if is_wide:
             heads = [f"{pad(escape_controls(name), indent)}", *[" " * indent] * (len(texts) - 1)]
@@ -127,21 +129,16 @@ def layout(panel: RunPanel, width: int) -> list[Line]:
 
 
 def _arrange(entries: Sequence[str], width: int) -> list[str]:
-    """Return short entries in columns, read downwards, and long ones wrapped, with further lines indented."""
-    longest = width_of(entries)
+    """Return entries in columns; if one is wider than a line, each on lines of its own, wrapped and indented."""
     if len(entries) <= 1 or width < MIN_TEXT:
         return [line for entry in entries for line in wrap_words(entry, width)] or [""]
-    if longest > width:
+    if width_of(entries) > width:
         wrapped = (wrap_words(entry, width if cell_len(entry) <= width else width - GAP) for entry in entries)
         return [f"{' ' * (GAP * (number > 0))}{line}" for lines in wrapped for number, line in enumerate(lines)]
-    columns = max(1, (width + 2 * GAP) // (longest + 2 * GAP))
-    rows = -(-len(entries) // columns)
-    by_column = [entries[start : start + rows] for start in range(0, len(entries), rows)]
-    padded = ([pad(entry, longest + 2 * GAP) for entry in row] for row in zip_longest(*by_column, fillvalue=""))
-    return ["".join(row).rstrip() for row in padded]
+    return arrange_columns(entries, width)
 
 
-def _name_lines(entries: Iterable[tuple[str, str]], width: int) -> list[Line]:
+def _lay_out_names(entries: Iterable[tuple[str, str]], width: int) -> list[Line]:
     return [((pad(escape_controls(name), width + GAP), NAME), (escape_controls(text), TEXT)) for name, text in entries]
 
 

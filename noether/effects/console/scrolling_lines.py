@@ -1,4 +1,4 @@
-"""Lines that scroll above a live display: the metrics that changed, and texts wrapped at words."""
+"""Lines that scroll above the live display: metrics that changed, and texts wrapped between words."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from noether.effects.console.live.live_region import shorten_name
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from noether.effects.console.live.live_region import Looks
+    from noether.effects.console.live.live_region import TerminalStyle
     from noether.effects.console.live.live_view import RunView
 
 _GAP: Final = "  "
 _VALUE_WIDTH: Final = 11  # of most values with their sign: lines of the same metrics are aligned below each other
 _MIN_NAME: Final = 8
-_MORE: Final = "   +99 more"
+_MORE: Final = "   +99 more"  # the columns that are reserved for it
 _BEST: Final = ("/best", "/best_update")
 
 
 class ChangedMetrics:
-    """Describes the metrics of an event in one line: those that changed, as many as fit.
+    """Writes one line per event: as many of the metrics that changed as fit.
 
     Args:
         view: What the live display shows.
-        looks: The signs of the terminal.
+        style: The characters that the terminal can show.
     """
 
-    def __init__(self, view: RunView, looks: Looks) -> None:
-        self._view, self._looks = view, looks
+    def __init__(self, view: RunView, style: TerminalStyle) -> None:
+        self._view, self._style = view, style
         self._last_values: dict[str, str] = {}
 
     def describe(self, metrics: Mapping[str, Any], width: int) -> str:
-        """Return a line of the metrics that changed since the last one, those of the live display first.
+        """Return a line of the metrics that changed since the last line; those of the live display come first.
 
         Args:
             metrics: The metrics that an event logs.
-            width: Columns that the line may have.
+            width: Maximum width of the line in columns.
 
         Returns:
-            As many metrics as fit, and how many more there are; empty if none changed.
+            As many metrics as fit, and the number of the others; empty if none changed.
         """
         values = self._select_changed(metrics)
         line, left, room = "", len(values), width - len(_MORE)
         for key, value in values.items():
             cell = self._describe_metric(key, value, room)
             if line and cell_len(line) + len(_GAP) + cell_len(cell.rstrip()) > room:
-                break  # a less important metric that fits does not take its place
+                break  # else a shorter, less important metric would take its place
             line, left = f"{line}{_GAP}{cell}" if line else cell, left - 1
         return f"{line.rstrip()}   +{left} more" if left else line.rstrip()
 
@@ -60,22 +60,22 @@ class ChangedMetrics:
         changed = [key for key, text in texts.items() if self._last_values.get(key) != text or self._view.is_shown(key)]
         self._last_values |= texts
         shown = [key for key in changed if not key.endswith(_BEST)]
-        return {key: texts[key] for key in sorted(shown, key=self._view.rank_of)}
+        return {key: texts[key] for key in sorted(shown, key=self._view.priority_of)}
 
     def _describe_metric(self, key: str, value: str, room: int) -> str:
         metric = self._view.metrics.get(key)
-        text = f"{value} {self._looks.better}" if metric is not None and metric.is_best else value
-        name = shorten_name(escape_controls(key), max(room - len(text) - 1, _MIN_NAME), self._looks.ellipsis)
+        text = f"{value} {self._style.better}" if metric is not None and metric.is_best else value
+        name = shorten_name(escape_controls(key), max(room - len(text) - 1, _MIN_NAME), self._style.ellipsis)
         return f"{name} {text:<{_VALUE_WIDTH}}"
 
 
 def wrap_texts(lines: str, width: int, indent: int) -> str:
-    """Return lines wrapped at words; further lines are indented.
+    """Return lines wrapped between words; the continuation of a line is indented.
 
     Args:
-        lines: The lines.
-        width: Columns of the terminal.
-        indent: Columns of the label before a text.
+        lines: The lines, separated by line feeds.
+        width: Width of the terminal in columns.
+        indent: Indent of a continuation in columns: the width of the label before a text.
     """
     if width <= 2 * indent:
         return lines

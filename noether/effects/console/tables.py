@@ -1,4 +1,4 @@
-"""Tables and texts of a panel as lines that fit a terminal: broken between words, and long words after a separator."""
+"""Tables, columns and texts as lines that fit a terminal: broken between words, and long words after a separator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     Line = tuple[tuple[str, str], ...]  # parts of a line, each with its style
 
 GAP: Final = 2
-MIN_TEXT: Final = 16  # characters for which a column of texts is worth its place
+COLUMN_GAP: Final = "    "  # between entries that are arranged in columns
+MIN_TEXT: Final = 16  # smallest width of a column of texts; below it, texts go under their name
 NAME, HEAD, TEXT = "cyan", "bold", ""
 _PARTS: Final = re.compile(r"[^/._=[-]*[/._=[-]?")
 _MAX_WHOLE: Final = 20  # characters of an entry, such as a time or an iteration, that stays in one line
@@ -26,12 +27,12 @@ _MAX_WHOLE: Final = 20  # characters of an entry, such as a time or an iteration
 @final
 @dataclass(frozen=True)
 class Table:
-    """A table whose first column has texts that may be long; columns without any entry are left out.
+    """A table whose first column may have long texts; columns whose entries are all empty are left out.
 
     Args:
         columns: The names of the columns.
         rows: The entries of each row.
-        right: Names of the columns whose entries are aligned at the right.
+        right: Names of the right-aligned columns.
     """
 
     columns: Sequence[str]
@@ -57,9 +58,10 @@ def table_lines(table: Table, width: int | None) -> list[str]:
 
 
 def layout_table(table: Table, width: int | None) -> list[Line]:
-    """Return the lines of a table; where its columns do not fit beside each other, each row is a paragraph.
+    """Return the lines of a table that fits the terminal.
 
-    In a narrow terminal, the names of columns are wrapped to the width of their entries, and then the widest columns.
+    If the terminal is too narrow, the names of the columns are wrapped first, and then the entries of the widest
+    columns. If the columns do not fit even so, each row becomes a paragraph.
 
     Args:
         table: The table.
@@ -90,7 +92,7 @@ def layout_table(table: Table, width: int | None) -> list[Line]:
 
 
 def _fit_columns(rows: Sequence[Sequence[str]], width: int | None) -> list[int] | None:
-    """Return the width of each column, so that all fit beside each other; None if they do not."""
+    """Return a width for each column with which all fit side by side; None if there is none."""
     widths = [width_of(column) for column in zip(*rows, strict=True)]
     if width is None:
         return widths
@@ -115,8 +117,28 @@ def _layout_paragraphs(rows: Sequence[Sequence[str]], width: int) -> Iterator[Li
         yield from (((" " * indent + line, TEXT),) for line in wrap_words(text, width - indent) if line)
 
 
+def arrange_columns(texts: Sequence[str], width: int) -> list[str]:
+    r"""Return lines of texts in as many columns as fit into `width` characters, each read from top to bottom.
+
+    Example:
+        >>> print(*arrange_columns(["train", "val", "test"], width=12), sep="|\n")
+        train    test|
+        val
+    """
+    longest = width_of(texts)
+    column_count = max(1, (width + len(COLUMN_GAP)) // (longest + len(COLUMN_GAP)))
+    row_count = -(-len(texts) // column_count)
+    by_column = [texts[start : start + row_count] for start in range(0, len(texts), row_count)]
+    rows = zip_longest(*by_column, fillvalue="")
+    return [COLUMN_GAP.join(pad(text, longest) for text in row).rstrip() for row in rows]
+
+
 def wrap_words(text: str, width: int) -> list[str]:
-    """Return a text in lines of at most `width` characters, which is at least 2; only longer words are broken.
+    """Return a text in lines of at most `width` characters; only words that are longer than a line are broken.
+
+    Args:
+        text: The text; any white space between two words counts as one space.
+        width: Width in characters, >= 2.
 
     Example:
         >>> wrap_words("the run is in runs/digits/20260102-030405", 20)
@@ -133,7 +155,7 @@ def wrap_words(text: str, width: int) -> list[str]:
 
 
 def _break_word(word: str, width: int) -> list[str]:
-    """Return a word in pieces that fit: broken after a separator where that is possible."""
+    """Return a word in pieces of at most `width` characters, broken after separators where possible."""
     pieces = [""]
     for part in _PARTS.findall(word):
         for piece in chop_cells(part, width) if cell_len(part) > width else [part]:
@@ -145,11 +167,11 @@ def _break_word(word: str, width: int) -> list[str]:
 
 
 def width_of(texts: Iterable[str]) -> int:
-    """Return the columns that the widest text has on a terminal."""
+    """Return the width of the widest text in columns of a terminal; 0 without texts."""
     return max(map(cell_len, texts), default=0)
 
 
 def pad(text: str, width: int, *, right: bool = False) -> str:
-    """Return a text with spaces behind it, or before it where it is aligned at the right, up to `width` columns."""
+    """Return a text padded with spaces to `width` columns of a terminal, left-aligned or right-aligned."""
     spaces = " " * (width - cell_len(text))
     return spaces + text if right else text + spaces

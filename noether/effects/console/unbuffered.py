@@ -1,4 +1,4 @@
-"""Text that leaves nothing behind in the buffers of the standard output."""
+"""Writing to the standard output so that its buffers stay empty."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import IO
 def write_unbuffered(file: IO[str], text: str) -> None:
     """Write and flush a text.
 
-    The buffers of the standard output get nothing that cannot be written, such as to a closed pipe or a full disk:
-    Python would try again when it exits, and end with an error.
+    If a write fails, such as to a closed pipe or a full disk, the text is not left in a buffer: Python would write it
+    again when it exits, and end with an error.
 
     Args:
         file: Where to write.
-        text: The text; what the encoding of the file does not have is written as escapes.
+        text: The text; characters that the encoding of the standard output lacks are written as escapes.
 
     Raises:
         OSError: If the file cannot be written.

@@ -1,4 +1,4 @@
-"""A bar that a framework draws again from the beginning of the line, as Keras does."""
+"""Lines beside a bar that a framework redraws from the start of its line, as Keras does."""
 
 import io
 import sys
@@ -7,7 +7,7 @@ import pyte
 
 from noether import AfterTraining, LogText, TrainState
 from noether.effects.console.console import Console
-from noether.effects.console.live.other_bars import announce_bar, others_draw, removed_bars
+from noether.effects.console.live.other_bars import announce_bar, has_other_bar, hide_other_bars
 
 
 class Terminal(io.StringIO):
@@ -15,13 +15,13 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_line_replaces_the_bar_and_the_bar_comes_below_it():
+def test_a_line_replaces_the_bar_which_is_redrawn_below():
     owner, terminal = object(), Terminal()
     announce_bar(owner, is_shown=True)
     try:
-        assert others_draw()
+        assert has_other_bar()
         terminal.write("9/20 =====")
-        with removed_bars(terminal):
+        with hide_other_bars(terminal):
             terminal.write("a line\n")
         terminal.write("\b" * 10 + "\r10/20 =====")
     finally:
@@ -30,7 +30,7 @@ def test_a_line_replaces_the_bar_and_the_bar_comes_below_it():
     screen.set_mode(pyte.modes.LNM)  # a line feed also returns, as on a terminal
     pyte.Stream(screen).feed(terminal.getvalue())
     assert [line.rstrip() for line in screen.display][:3] == ["a line", "10/20 =====", ""]
-    assert not others_draw()
+    assert not has_other_bar()
 
 
 def test_without_a_terminal_a_line_begins_below_the_bar_and_nothing_is_cleared(capsys):

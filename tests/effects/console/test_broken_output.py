@@ -1,4 +1,4 @@
-"""A standard output that cannot be written to: reported once, and neither training nor the end of Python fails."""
+"""A standard output that cannot be written: one report, and neither training nor the exit of Python fails."""
 
 import os
 import subprocess
@@ -58,7 +58,7 @@ def test_a_process_without_a_standard_output_trains(tmp_path):
     assert run_loop(tmp_path, None, preexec_fn=lambda: os.close(1)) == (0, "")
 
 
-def test_a_text_that_the_encoding_does_not_have_is_escaped(tmp_path):
+def test_characters_that_the_encoding_lacks_are_escaped(tmp_path):
     program = LOOP.replace('"x" * 10_000', '"\u4e00"')
     process = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "run"], env={**BUFFERED, "PYTHONIOENCODING": "ascii"},

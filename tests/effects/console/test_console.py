@@ -1,4 +1,4 @@
-"""Console: aligned lines, omitted metrics, heartbeat, and no live display without a person at a terminal."""
+"""The console: aligned lines, omitted metrics, heartbeat, and no live display without an interactive terminal."""
 
 import io
 import math
@@ -197,7 +197,7 @@ def test_a_released_console_has_no_heartbeat(timers):
     assert len(written.getvalue().splitlines()) == 1
 
 
-def test_tables_and_texts_are_printed_above(console):
+def test_print_above_writes_texts_and_renderables(console):
     target, printed = console
     target.print_above("[bold]text[/bold]")
     target.print_above(Text("styled", "bold"))
@@ -260,7 +260,7 @@ def test_quiet_keys_are_omitted(console):
         ({"loss/val/total": torch.tensor(0.5), "loss/val/mse": 0.5}, ["loss/val/mse"]),
         ({"loss/online/total/U10": 0.5, "loss/online/mse/U10": 0.5}, ["loss/online/mse/U10"]),
         ({"loss/val/total/ema=0.9": 0.5, "loss/val/mse/ema=0.9": 0.5}, ["loss/val/mse/ema=0.9"]),
-        # no loss that it could repeat
+        # there is no loss that the total could repeat
         ({"loss/val/total": 0.5}, ["loss/val/total"]),
         ({"total": 0.5, "mse": 0.5, "ce": 0.5}, ["ce", "mse", "total"]),
         # two losses, although one of them is zero
@@ -269,7 +269,7 @@ def test_quiet_keys_are_omitted(console):
         ({"loss/val/total": 0.5, "loss/val/mse": 0.25}, ["loss/val/mse", "loss/val/total"]),
         ({"loss/val/total": NAN, "loss/val/mse": 0.25}, ["loss/val/mse", "loss/val/total"]),
         ({"loss/val/total": 0.25, "loss/val/mse": NAN}, ["loss/val/mse", "loss/val/total"]),
-        # of another dataset, interval or average
+        # the only loss is that of another dataset, interval or average
         ({"loss/val/total": 0.5, "loss/test/mse": 0.5}, ["loss/test/mse", "loss/val/total"]),
         ({"loss/online/total/U1": 0.5, "loss/online/mse/U2": 0.5}, ["loss/online/mse/U2", "loss/online/total/U1"]),
         ({"loss/val/total/ema=0.9": 0.5, "loss/val/mse": 0.5}, ["loss/val/mse", "loss/val/total/ema=0.9"]),
@@ -308,7 +308,7 @@ def progress(update, *, due):
 
 
 def show_short_run(target):
-    """Write the output of a short run."""
+    """Let a console write the output of a short run."""
     target.write_text(LogText("begin"), at(0), BeforeTraining())
     for update in (1, 2, 3):
         target.show_progress(progress(update, due=False), at(update), AfterUpdate(samples=4))

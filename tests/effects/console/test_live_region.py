@@ -1,4 +1,4 @@
-"""Live display on a pseudo terminal: its content, that everything else scrolls above it, and that it is removed."""
+"""The live display on a pseudo-terminal: what it shows, that other output scrolls above it, and that it is removed."""
 
 import errno
 import gc
@@ -37,7 +37,7 @@ def plain_environment(monkeypatch):
 
 
 class Terminal:
-    """A pseudo terminal; a thread reads what is written to `file`, its other end."""
+    """A pseudo-terminal; a thread reads what the test writes to `file`, its other end."""
 
     def __init__(self, columns, rows):
         self._read_end, write_end = pty.openpty()
@@ -65,14 +65,14 @@ class Terminal:
                 self._stream.feed(part)
 
     def lines(self):
-        """Return what a person sees, and what has scrolled out of the top, without empty lines."""
+        """Return the lines on the screen, and those that scrolled out at its top, without empty ones."""
         with self._lock:
             top = ["".join(line[column].data for column in sorted(line)) for line in self.screen.history.top]
             seen = [line.rstrip() for line in (*top, *self.screen.display)]
         return [line for line in seen if line]
 
     def wait_for(self, condition):
-        """Wait until the lines fulfil a condition, because another thread reads the terminal; return them."""
+        """Wait until the lines fulfil a condition, and return them; another thread reads the terminal."""
         end = time.monotonic() + TIMEOUT_S
         while not condition(self.lines()):
             assert time.monotonic() < end, self.lines()
@@ -110,8 +110,8 @@ def at(update, epoch=0):
     return TrainState(iteration=TrainingIteration(epoch=epoch, update=update, sample=4 * update), epoch_start=start)
 
 
-def tick(console):
-    console._live.tick()  # noqa: SLF001  # as its thread does four times a second
+def redraw(console):
+    console._live.redraw()  # noqa: SLF001  # as its thread does four times a second
 
 
 def has(text):
@@ -132,7 +132,7 @@ def test_the_display_shows_progress_and_watched_metrics(open_terminal, columns):
             console.write_scalars(LogScalars({"val/accuracy": value, "loss/val/mse": 0.125}), at(5, 1), UPDATE)
         progress = ShowProgress(end=None, fired=4, fires=8, update_s=0.5, next_s=1.5, left_s=None, due=False)
         console.show_progress(progress, at(5, 1), UPDATE)
-        tick(console)
+        redraw(console)
         lines = terminal.wait_for(has("next"))
         assert all(len(line) < columns for line in lines)
         (run,) = [line for line in lines if line.startswith("run ")]
@@ -146,13 +146,13 @@ def test_the_display_shows_progress_and_watched_metrics(open_terminal, columns):
     terminal.wait_for(lambda lines: not any(map(is_bar, lines)))
 
 
-def test_everything_else_scrolls_above_the_display(open_terminal):
+def test_all_other_output_scrolls_above_the_display(open_terminal):
     terminal = open_terminal(80, 12)
     expected = []
     with closing(open_console(terminal)) as console:
         console.observe(at(1), UPDATE)
         for number in range(30):
-            tick(console)
+            redraw(console)
             os.write(terminal.file.fileno(), f"native {number}\n".encode())  # as a library of C does
             print(f"printed {number}", file=terminal.file, flush=True)  # as a callback does
             console.write_text(LogText(f"logged {number}\nmore"), at(number), UPDATE)
@@ -164,17 +164,17 @@ def test_everything_else_scrolls_above_the_display(open_terminal):
             expected += [" " * 19 + "more"]
         os.write(terminal.file.fileno(), b"half a line")
         console.write_text(LogText("whole"), at(1), UPDATE)
-        tick(console)
+        redraw(console)
     expected += ["half a line", "E0_U1_S4".ljust(19) + "whole"]
     assert terminal.wait_for(lambda lines: lines == expected) == expected
 
 
-def test_progress_that_the_display_shows_is_no_line(open_terminal):
+def test_progress_that_the_display_shows_is_not_written_as_a_line(open_terminal):
     terminal = open_terminal()
     with closing(open_console(terminal)) as console:
         console.write_text(LogText("50 %", is_progress=True), at(1), UPDATE)
         console.observe(at(1), UPDATE)
-        tick(console)
+        redraw(console)
         console.write_text(LogText("75 %", is_progress=True), at(2), UPDATE)
         console.write_text(LogText("end"), at(2), UPDATE)
         lines = terminal.wait_for(has("end"))
@@ -185,7 +185,7 @@ def test_metrics_that_do_not_fit_are_not_replaced_by_less_important_ones(open_te
     terminal = open_terminal(60)
     with closing(open_console(terminal)) as console:
         console.observe(at(1), UPDATE)
-        tick(console)
+        redraw(console)
         metrics = {"loss/a": 0.5, f"loss/{'b' * 40}": 0.25, "optim/lr": 0.1}
         console.write_scalars(LogScalars(metrics), at(1), UPDATE)
         lines = terminal.wait_for(has("more"))
@@ -193,7 +193,7 @@ def test_metrics_that_do_not_fit_are_not_replaced_by_less_important_ones(open_te
     assert line[19:] == "loss/a 0.5   +2 more"
 
 
-def test_texts_are_wrapped_at_words(open_terminal):
+def test_texts_are_wrapped_between_words(open_terminal):
     terminal = open_terminal(60)
     with closing(open_console(terminal)) as console:
         console.write_text(LogText("elephants " * 9), at(1), UPDATE)
@@ -208,22 +208,22 @@ def test_many_metrics_and_long_names_fit_into_a_small_terminal(open_terminal):
         console.observe(at(1), UPDATE)
         metrics = {f"loss/{'very_long_name/' * 5}{number}": number / 7 for number in range(60)}
         console.write_scalars(LogScalars(metrics), at(1), UPDATE)
-        tick(console)
+        redraw(console)
         lines = terminal.wait_for(has("run "))
         region = lines[next(row for row, line in enumerate(lines) if line.startswith("run ")) :]
         assert len(region) <= 5
         assert any(line.split()[-1] == "0.14286" for line in region)
 
 
-def test_a_resized_terminal_has_one_display(open_terminal):
+def test_a_resize_of_the_terminal_leaves_one_display(open_terminal):
     terminal = open_terminal(80, 24)
     with closing(open_console(terminal)) as console:
         console.observe(at(1), UPDATE)
         for columns, rows in ((60, 20), (150, 30)):
-            tick(console)
+            redraw(console)
             terminal.wait_for(has("run "))
             terminal.resize(columns, rows)
-            tick(console)
+            redraw(console)
             console.write_text(LogText(f"size {columns}"), at(1), UPDATE)
             lines = terminal.wait_for(has(f"size {columns}"))
         assert sum(line.startswith("run ") for line in lines) == 1
@@ -236,7 +236,7 @@ def test_a_running_evaluation_has_a_bar(open_terminal):
         for number in console.track(range(4), "evaluating val"):
             if number == 3:
                 console.view.tasks[0].began_s -= 10
-                tick(console)
+                redraw(console)
                 lines = terminal.wait_for(has("evaluating val"))
                 assert [line.split()[-1] for line in lines] == ["3/4"]
     assert terminal.wait_for(lambda lines: not lines) == []
@@ -253,7 +253,7 @@ def test_lines_appear_above_the_bars_of_tqdm_and_there_is_no_display(open_termin
         for update in (1, 2, 3):
             console.write_text(LogText(f"line {update}"), at(update), UPDATE)
             bar.update()
-            tick(console)
+            redraw(console)
         lines = terminal.wait_for(has("3/8"))
     assert [line[19:] for line in lines[:3]] == ["line 1", "line 2", "line 3"]
     assert lines[3].startswith("theirs:")
@@ -273,7 +273,7 @@ def test_lines_appear_above_a_bar_of_rich(open_terminal, monkeypatch):
         for update in (1, 2, 3):
             console.write_text(LogText(f"line {update}"), at(update), UPDATE)
             bar.update(task, advance=1, refresh=True)
-            tick(console)
+            redraw(console)
         lines = terminal.wait_for(has("38%"))
     assert [line[19:] for line in lines[:3]] == ["line 1", "line 2", "line 3"]
     assert lines[3].startswith("theirs ")
@@ -342,7 +342,7 @@ def test_a_released_console_removes_the_display(open_terminal):
     terminal = open_terminal()
     console = open_console(terminal)
     console.observe(at(1), UPDATE)
-    tick(console)
+    redraw(console)
     terminal.wait_for(has("run "))
     del console
     gc.collect()
@@ -353,7 +353,7 @@ def test_the_display_ends_with_training(open_terminal):
     terminal = open_terminal()
     with closing(open_console(terminal)) as console:
         console.observe(at(1), UPDATE)
-        tick(console)
+        redraw(console)
         terminal.wait_for(has("run "))
         console.observe(at(8, 2), AfterTraining(run=RUN))
         assert terminal.wait_for(lambda lines: not lines) == []
@@ -376,7 +376,7 @@ reducer = compose(OnlineLossCallback(every_n_updates=5))
 state = dispatch(TrainState(), BeforeTraining(run=RUN), reducer, directory.interpreter)
 while state.iteration.update < 20:
     if state.iteration.update == 12:
-        directory.console._live.tick()
+        directory.console._live.redraw()
         exec(sys.argv[2])
     event = AfterUpdate(run=RUN, samples=4, losses={"total": 0.5})
     state = dispatch(state.advance(samples=4), event, reducer, directory.interpreter)
@@ -389,7 +389,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_the_rows_are_given_back_however_a_loop_ends(tmp_path, open_terminal, end):
+def test_the_terminal_gets_its_rows_back_however_a_loop_ends(tmp_path, open_terminal, end):
     terminal, (failure, expected_code) = open_terminal(100), ENDS[end]
     (tmp_path / "loop.py").write_text(LOOP)
     file = terminal.file

@@ -16,7 +16,7 @@ WORDS = st.lists(st.text("ab-=/'\" $\\é*", max_size=30), min_size=1, max_size=8
 
 
 @given(WORDS, st.integers(1, 100))
-def test_lines_of_a_command_are_the_same_command(words, width):
+def test_wrapped_lines_are_the_same_command(words, width):
     lines = wrap_command(shlex.join(words), width)
     *continued, last = lines
     assert all(line.endswith(" \\") for line in continued)
@@ -46,7 +46,7 @@ def test_a_shell_runs_the_lines_as_one_command():
         ("finished", 4, {"continue": "noether train --resume a --set trainer.max_epochs=8"}),
     ],
 )
-def test_commands_suit_the_status(status, epoch, expected):
+def test_each_status_has_its_commands(status, epoch, expected):
     commands = suggest_commands(
         Path("a"), status, config=CONFIG, pointers=["latest"], at=TrainingIteration(epoch=epoch)
     )
@@ -58,11 +58,11 @@ def test_commands_suit_the_status(status, epoch, expected):
     assert commands == always | expected
 
 
-def test_a_run_of_a_program_is_only_shown():
+def test_no_command_continues_a_run_of_a_loop_of_the_users_own():
     assert list(suggest_commands(Path("a"), "failed", pointers=["latest"])) == ["show", "report"]
 
 
-def test_modules_that_were_allowed_are_allowed_again():
+def test_commands_allow_the_modules_that_the_run_allowed():
     commands = suggest_commands(Path("a"), "interrupted", config=CONFIG, pointers=["latest"], allow=["lab"])
     assert commands["resume"] == "noether train --resume a --allow lab"
     assert commands["evaluate"] == "noether eval a --data val --allow lab"

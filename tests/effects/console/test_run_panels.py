@@ -1,4 +1,4 @@
-"""Panels fit the width of the terminal, lose nothing, and break only words that are longer than a line."""
+"""Panels fit the terminal, show every fact, and break only words that are longer than a line."""
 
 import io
 from collections import Counter
@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console as RichConsole
 
 from noether.effects.console.console import Console
-from noether.effects.console.run_panels import RunPanel, layout, plain_lines
+from noether.effects.console.run_panels import RunPanel, layout_panel, plain_lines
 from noether.effects.console.tables import Table, table_lines, wrap_words
 
 WORDS = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=30)
@@ -31,7 +31,7 @@ PANELS = st.builds(
 WIDTHS = st.integers(4, 120)
 
 
-def squeezed(text):
+def remove_spaces(text):
     return "".join(text.split())
 
 
@@ -39,7 +39,7 @@ def squeezed(text):
 def test_wrapped_lines_fit_and_only_longer_words_are_broken(text, width):
     lines = wrap_words(text, width)
     assert all(cell_len(line) <= width for line in lines)
-    assert squeezed("".join(lines)) == squeezed(text)
+    assert remove_spaces("".join(lines)) == remove_spaces(text)
     whole = [word for word in text.split() if cell_len(word) <= width]
     remaining = " ".join(lines).split()
     for word in whole:
@@ -47,24 +47,24 @@ def test_wrapped_lines_fit_and_only_longer_words_are_broken(text, width):
         remaining.remove(word)
 
 
-def text_of(panel, width):
-    return ["".join(part for part, _ in line) for line in layout(panel, width)]
+def layout_text(panel, width):
+    return ["".join(part for part, _ in line) for line in layout_panel(panel, width)]
 
 
 @given(panel=PANELS, width=WIDTHS)
 def test_no_line_of_a_panel_is_wider_than_the_terminal(panel, width):
-    assert all(cell_len(line) <= width for line in text_of(panel, width))
+    assert all(cell_len(line) <= width for line in layout_text(panel, width))
 
 
 @given(panel=PANELS, width=WIDTHS)
 def test_a_panel_shows_every_fact_and_value(panel, width):
     rows = [] if panel.table is None else panel.table.rows
     values = [text for texts in (*(entries for _, entries in panel.facts), *rows) for text in texts]
-    assert Counter(squeezed("".join(values))) <= Counter(squeezed("".join(text_of(panel, width))))
+    assert Counter(remove_spaces("".join(values))) <= Counter(remove_spaces("".join(layout_text(panel, width))))
 
 
 @given(panel=PANELS, width=st.integers(12, 120))
-def test_the_border_fits_too(panel, width):
+def test_a_panel_with_its_border_fits_the_terminal(panel, width):
     console = RichConsole(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     console.print(panel)
     assert all(cell_len(line) <= width for line in console.file.getvalue().splitlines())
@@ -103,7 +103,9 @@ def test_markup_and_controls_are_shown_as_text_and_words_of_commands_stay_whole(
 def test_names_of_columns_are_wrapped_before_rows_become_paragraphs():
     columns = ("run", "status", "started", "duration", "update", "best val/accuracy")
     rows = [("runs/digits/20261129-082202", "finished", "2026-11-29 08:22:02", "1.2 s", "152", "0.969595")]
-    lines = ["".join(text for text, _ in line) for line in layout(RunPanel(title="", table=Table(columns, rows)), 76)]
+    lines = [
+        "".join(text for text, _ in line) for line in layout_panel(RunPanel(title="", table=Table(columns, rows)), 76)
+    ]
     assert [line.split() for line in lines] == [
         ["run", "status", "started", "duration", "update", "best"],
         ["val/"],

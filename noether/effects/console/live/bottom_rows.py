@@ -1,7 +1,7 @@
-"""The bottom rows of a terminal, kept for a display; everything else that is printed scrolls above them.
+"""The bottom rows of a terminal, reserved for a display; all other output scrolls above them.
 
-The terminal itself keeps them (the margins of VT100, DECSTBM), so output of any origin scrolls above: of C libraries,
-of worker processes and of a process that crashes. Nothing is redirected, buffered or lost.
+The terminal itself reserves them (the margins of VT100, DECSTBM), so the output of C libraries, of worker processes and
+of a process that crashes scrolls above them, too. No output is redirected, buffered or lost.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 _SAVE, _RESTORE = "\x1b7", "\x1b8"  # the cursor
 _WHOLE_SCREEN: Final = "\x1b[r"
 _CLEAR_BELOW: Final = "\x1b[J"
-_DOWN: Final = "\x1bD"  # scrolls at the last row, and keeps the column
+_DOWN: Final = "\x1bD"  # moves the cursor down in its column; scrolls at the last row
 _REPAIR: Final = r"\0337\033[r\0338\033[J"
 
 
 class Rows(Protocol):
-    """Where the lines of a display are drawn."""
+    """A place that shows the lines of a display."""
 
     @property
     def are_shown(self) -> bool:
         """Whether the lines are shown."""
 
     def draw(self, lines: Sequence[str]) -> None:
-        """Draw the lines in place of those before."""
+        """Draw the lines in place of the previous ones."""
 
     def remove(self) -> None:
         """Remove the display; `draw` shows it again."""
@@ -45,16 +45,16 @@ class BottomRows:
 
     def __init__(self, file: IO[str], size: Callable[[], tuple[int, int]]) -> None:
         self._file, self._size = file, size
-        self._kept: tuple[tuple[int, int], int] | None = None  # size of the terminal, and number of rows
+        self._layout: tuple[tuple[int, int], int] | None = None  # size of the terminal, and number of rows
         self._repair: subprocess.Popen[bytes] | None = None
 
     @property
     def are_shown(self) -> bool:
         """Whether the display is on the terminal."""
-        return self._kept is not None
+        return self._layout is not None
 
     def draw(self, lines: Sequence[str]) -> None:
-        """Draw the lines in place of those before; they have to fit into the width.
+        """Draw the lines in place of the previous ones; each has to fit into the width of the terminal.
 
         Raises:
             OSError: If the terminal is closed.
@@ -63,34 +63,34 @@ class BottomRows:
         size, count = self._size(), len(lines)
         last = size[1] - count
         begin = ""
-        if self._kept != (size, count):
+        if self._layout != (size, count):
             begin = f"{_SAVE}{_WHOLE_SCREEN}{_RESTORE}{_CLEAR_BELOW}{_DOWN * count}\x1b[{count}A"
-            if self._kept is None:
+            if self._layout is None:
                 self._repair = _start_repair(self._file)
         rows = "".join(f"\x1b[{last + 1 + row};1H\x1b[2K{line}" for row, line in enumerate(lines))
-        self._kept = size, count
+        self._layout = size, count
         # The margins are set each time, because another program may have changed them while this one was stopped.
         self._write(f"{begin}{_SAVE}\x1b[1;{last}r{rows}{_RESTORE}")
 
     def remove(self) -> None:
-        """Give the rows back, and leave the cursor at the start of a line.
+        """Return the rows to the terminal, and move the cursor to the start of a line.
 
         Raises:
             OSError: If the terminal is closed.
             ValueError: Likewise.
         """
-        if self._kept is None:
+        if self._layout is None:
             return
-        self._kept = None
+        self._layout = None
         try:
             self._write(f"{_SAVE}{_WHOLE_SCREEN}{_RESTORE}{_CLEAR_BELOW}{self.start_line()}")
         finally:
             _stop_repair(self._repair)
 
     def start_line(self) -> str:
-        """Return what moves the cursor to the start of a line: of the next one behind a `^C`, or half a line.
+        """Return characters that move the cursor to the start of an empty line, also behind a `^C` or half a line.
 
-        As many spaces as the terminal has columns end in the next line, unless they began at the start of one.
+        As many spaces as the terminal has columns wrap into the next line, unless the cursor was at the start of one.
         """
         return f"{' ' * self._size()[0]}\r\x1b[K"
 
@@ -101,7 +101,7 @@ class BottomRows:
 
 
 def _start_repair(file: IO[str]) -> subprocess.Popen[bytes] | None:
-    """Start a process that gives the rows back if this one is killed; it waits, and costs nothing."""
+    """Start a shell that waits on a pipe, and resets the margins of the terminal if this process is killed."""
     try:
         return subprocess.Popen(  # noqa: S602  # a constant command
             f'read -r _ || printf "{_REPAIR}"',
@@ -111,7 +111,7 @@ def _start_repair(file: IO[str]) -> subprocess.Popen[bytes] | None:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C does not end it
         )
-    except (OSError, ValueError):  # no file of the system, or no shell
+    except (OSError, ValueError):  # the file has no descriptor, or there is no shell
         return None
 
 

@@ -1,4 +1,4 @@
-"""The live display of a run: what its lines say, and the thread that draws them a few times a second."""
+"""The live display of a run: its lines, and the thread that redraws them four times a second."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from noether.core.estimates import estimate_end, known_end
 from noether.core.state import TrainState
 from noether.core.text import escape_controls, format_duration
 from noether.effects.console.columns import format_value
-from noether.effects.console.live.other_bars import others_draw, removed_bars
+from noether.effects.console.live.other_bars import has_other_bar, hide_other_bars
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,48 +25,51 @@ if TYPE_CHECKING:
 
 _INTERVAL_S: Final = 0.25
 _MAX_ROWS: Final = 8
-_MIN_HEIGHT: Final = 6  # of a terminal that has a display
+_MIN_HEIGHT: Final = 6  # a lower terminal has no display
 _MAX_NAME: Final = 40
-_BAR: Final = (10, 40)  # least and most columns
+_BAR: Final = (10, 40)  # minimum and maximum width
 _TASK_AFTER_S: Final = 0.5
 _AFTER_OTHERS_S: Final = 3.0
 _GAP: Final = "   "
 
 
 @dataclass(frozen=True)
-class Looks:
-    """The signs and colours of a terminal.
+class TerminalStyle:
+    """The characters and colours that a terminal can show.
 
     Args:
         has_colors: Whether it shows colours.
-        has_signs: Whether its encoding has the signs of bars.
+        has_unicode: Whether its encoding has the characters of bars and marks; otherwise they are ASCII.
     """
 
     has_colors: bool
-    has_signs: bool
+    has_unicode: bool
 
     @property
     def better(self) -> str:
-        """Stands beside a value that is better than all before."""
-        return "★" if self.has_signs else "*"
+        """The mark beside a value that is better than all earlier ones."""
+        return "★" if self.has_unicode else "*"
 
     @property
     def ellipsis(self) -> str:
-        """Stands for the part of a name that is left out."""
-        return "…" if self.has_signs else "~"
+        """The mark for the part of a name that is left out."""
+        return "…" if self.has_unicode else "~"
 
     def paint(self, text: str, color: str) -> str:
-        """Return a text in a colour, given as the number of ANSI."""
+        """Return a text in a colour, which is an ANSI number such as `32` for green."""
         return f"\x1b[{color}m{text}\x1b[0m" if self.has_colors and text else text
 
     def bar(self, done: float | None, width: int) -> str:
-        """Return a bar of `width` columns; without a known share it is empty."""
-        full, empty = ("━", "─") if self.has_signs else ("#", "-")
+        """Return a bar of `width` columns, of which the share `done` in [0, 1] is full; empty if it is None."""
+        full, empty = ("━", "─") if self.has_unicode else ("#", "-")
         count = int(min(max(done or 0.0, 0.0), 1.0) * width)
         return self.paint(full * count, "32") + self.paint(empty * (width - count), "2")
 
     def metric(self, name: str, metric: MetricView, width: int) -> str:
-        """Return a metric with its best in `width` columns; the name is shortened where it has to be, no number is."""
+        """Return a metric and its best value in `width` columns.
+
+        If they do not fit, the best value is left out, and the name is shortened; the last value stays whole.
+        """
         value = format_value(metric.value)
         note = ""
         if metric.is_best:
@@ -85,12 +88,12 @@ class Looks:
 
 
 def shorten_name(name: str, width: int, ellipsis: str = "…") -> str:
-    """Return a name in at most `width` columns; the middle of a longer one is left out.
+    """Return a name in at most `width` columns; of a longer name, the middle is left out.
 
     Args:
         name: The name.
-        width: The columns.
-        ellipsis: One character for what is left out.
+        width: Maximum width in columns.
+        ellipsis: The character that stands for the middle.
 
     Example:
         >>> shorten_name("loss/val/cross_entropy", 12)
@@ -106,44 +109,44 @@ def shorten_name(name: str, width: int, ellipsis: str = "…") -> str:
 
 
 class LiveRegion:
-    """Draws a run until it is stopped; its thread has no reference to the run.
+    """A thread that draws the live display; it has no reference to the console or the run.
 
     Attributes:
-        looks: Signs and colours of the terminal.
+        style: What the terminal can show.
 
     Args:
-        view: What is drawn.
-        rows: Where it is drawn.
-        size: Returns width and height of the terminal.
-        looks: Its signs and colours.
+        view: The data to draw.
+        rows: Where to draw it.
+        size: Returns the width and the height of the terminal in characters.
+        style: What the terminal can show.
     """
 
-    def __init__(self, view: RunView, rows: Rows, size: Callable[[], tuple[int, int]], looks: Looks) -> None:
-        self._view, self._rows, self._size, self.looks = view, rows, size, looks
+    def __init__(self, view: RunView, rows: Rows, size: Callable[[], tuple[int, int]], style: TerminalStyle) -> None:
+        self._view, self._rows, self._size, self.style = view, rows, size, style
         self._lock = threading.RLock()
         self._stop: threading.Event | None = None
-        self._count = 0  # rows drawn at most, so that they do not jump
-        self._others_drew_s = -math.inf
+        self._count = 0  # the most rows drawn so far: the display keeps them, so that it does not jump
+        self._other_bar_s = -math.inf
         self._errors: list[Exception] = []
 
     @property
     def is_running(self) -> bool:
-        """Whether the thread draws."""
+        """Whether the thread is running."""
         return self._stop is not None
 
     @property
     def is_shown(self) -> bool:
-        """Whether its lines are on the terminal."""
+        """Whether the lines are on the terminal."""
         return self._rows.are_shown
 
     def start(self) -> None:
-        """Start to draw; a no-op if it draws already."""
+        """Start the thread; a no-op if it is running."""
         if self._stop is None:
             self._stop = threading.Event()
             threading.Thread(target=self._run, args=[self._stop], name="live display", daemon=True).start()
 
     def stop(self) -> None:
-        """Remove the display; `start` shows it again.
+        """Stop the thread and remove the display; `start` shows it again.
 
         Raises:
             OSError: If the terminal is closed.
@@ -166,22 +169,27 @@ class LiveRegion:
         if self._errors:
             raise self._errors.pop()
 
-    def tick(self) -> None:
-        """Draw what is newest, or nothing while others show a bar and shortly after."""
+    def redraw(self) -> None:
+        """Draw the newest data; while another library shows a bar, and 3 s after it, draw nothing.
+
+        Raises:
+            OSError: If the terminal is closed.
+            ValueError: Likewise.
+        """
         now_s = monotonic()
-        self._view.add_pace(now_s)
+        self._view.record_progress(now_s)
         with self._lock:
-            if others_draw():
-                self._others_drew_s = now_s
+            if has_other_bar():
+                self._other_bar_s = now_s
                 if self._rows.are_shown:
-                    with removed_bars(sys.stdout):  # their line would stay where it is
+                    with hide_other_bars(sys.stdout):  # their line would stay where it was
                         self._rows.remove()
                 return
-            if now_s - self._others_drew_s < _AFTER_OTHERS_S:  # such as between the bars of two epochs
+            if now_s - self._other_bar_s < _AFTER_OTHERS_S:  # such as between the bars of two epochs
                 return
             width, height = self._size()
             limit = min(_MAX_ROWS, height // 2)
-            lines = list(describe(self._view, self.looks, width - 1, now_s))[:limit]
+            lines = list(display_lines(self._view, self.style, width - 1, now_s))[:limit]
             if lines and height >= _MIN_HEIGHT:
                 self._count = min(max(self._count, len(lines)), limit)
                 self._rows.draw(lines + [""] * (self._count - len(lines)))
@@ -193,36 +201,36 @@ class LiveRegion:
             try:
                 with self._lock:
                     if not stop.is_set():
-                        self.tick()
+                        self.redraw()
             except (OSError, ValueError) as error:
                 self._errors[:] = [error]
                 return
 
 
-def describe(view: RunView, looks: Looks, width: int, now_s: float) -> Iterator[str]:
+def display_lines(view: RunView, style: TerminalStyle, width: int, now_s: float) -> Iterator[str]:
     """Yield the lines of the display, the most important first: progress, running tasks, metrics.
 
     Args:
-        view: What is shown.
-        looks: Signs and colours of the terminal.
-        width: Columns that a line may have.
-        now_s: The time of the clock `monotonic`.
+        view: The data to show.
+        style: What the terminal can show.
+        width: Maximum width of a line in columns.
+        now_s: The time in seconds of the clock `monotonic`.
     """
     if view.newest is not None:
         at, epoch_start = view.newest
         state = TrainState(iteration=at, epoch_start=epoch_start)
-        yield _bar_line("run", *_run_progress(view, state), looks, width)
-        yield _bar_line(f"epoch {at.epoch + 1}", *_epoch_progress(view, state), looks, width)
-        if view.progress is not None and (next_firing := _next_firing(view, at.update)) is not None:
-            yield _bar_line("next", *next_firing, looks, width)
+        yield _bar_line("run", *_run_progress(view, state), style, width)
+        yield _bar_line(f"epoch {at.epoch + 1}", *_epoch_progress(view, state), style, width)
+        if view.progress is not None and (next_firing := _firing_progress(view, at.update)) is not None:
+            yield _bar_line("next", *next_firing, style, width)
     for task in list(view.tasks):
         if now_s - task.began_s >= _TASK_AFTER_S:
-            yield _task_line(task, looks, width)
-    yield from _metric_lines(view, looks, width)
+            yield _task_line(task, style, width)
+    yield from _metric_lines(view, style, width)
 
 
 def _run_progress(view: RunView, state: TrainState) -> tuple[float | None, list[str]]:
-    """Return the completed share of a run, and texts about it, the most important first."""
+    """Return the completed share of the run, and details, the most important first."""
     at, end = state.iteration, estimate_end(state, view.run)
     left_s = view.left_s(end)
     share = None if not end else at.update / end
@@ -235,22 +243,23 @@ def _run_progress(view: RunView, state: TrainState) -> tuple[float | None, list[
 
 
 def _epoch_progress(view: RunView, state: TrainState) -> tuple[float | None, list[str]]:
-    """Return the completed share of the epoch, and texts about the pace."""
+    """Return the completed share of the epoch, and details such as the speed, the most important first."""
     done = state.iteration.update - state.epoch_start.update
     length: int | None = vars(view.run).get("updates_per_epoch")
     rates = view.rates()
-    pace = [] if rates is None else [f"{_format_rate(rates[0])} updates/s", f"{_format_rate(rates[1])} samples/s"]
-    time = [] if rates is None or length is None else [f"{format_duration((length - done) / rates[0])} left in it"]
-    return (None if length is None else done / length), [_count("", done, length), *pace, *time]
+    speed = [] if rates is None else [f"{_format_rate(rates[0])} updates/s", f"{_format_rate(rates[1])} samples/s"]
+    time = [] if rates is None or length is None else [f"{format_duration((length - done) / rates[0])} left in epoch"]
+    return (None if length is None else done / length), [_count("", done, length), *speed, *time]
 
 
-def _next_firing(view: RunView, update: int) -> tuple[float, list[str]] | None:
-    shown = view.progress
-    if shown is None or shown.fires is None or shown.fires <= shown.fired:
+def _firing_progress(view: RunView, update: int) -> tuple[float, list[str]] | None:
+    """Return the completed share of the updates until callbacks act next, and details; None if that is not known."""
+    progress = view.progress
+    if progress is None or progress.fires is None or progress.fires <= progress.fired:
         return None
-    done, total = update - shown.fired, shown.fires - shown.fired
+    done, total = update - progress.fired, progress.fires - progress.fired
     rates = view.rates()
-    left_s = shown.next_s if rates is None else (total - done) / rates[0]
+    left_s = progress.next_s if rates is None else (total - done) / rates[0]
     return done / total, [f"{done}/{total}", *([] if left_s is None else [f"in {format_duration(left_s)}"])]
 
 
@@ -262,8 +271,8 @@ def _format_rate(rate: float) -> str:
     return f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"  # noqa: PLR2004  # three digits
 
 
-def _bar_line(name: str, share: float | None, details: Sequence[str], looks: Looks, width: int) -> str:
-    """Return a line of a name, a bar, and as many details as fit into the width."""
+def _bar_line(name: str, share: float | None, details: Sequence[str], style: TerminalStyle, width: int) -> str:
+    """Return a line with a name, a bar, and as many details as fit into `width` columns."""
     name = f"{escape_controls(name):<9} "
     bar = min(max(_BAR[0], width // 5), _BAR[1])
     text, room = "", width - len(name) - bar
@@ -271,19 +280,19 @@ def _bar_line(name: str, share: float | None, details: Sequence[str], looks: Loo
         if len(text) + len(_GAP) + len(each) > room:
             break
         text += f"{_GAP if text else '  '}{each}"
-    return f"{looks.paint(name, '1')}{looks.bar(share, bar)}{text}"
+    return f"{style.paint(name, '1')}{style.bar(share, bar)}{text}"
 
 
-def _task_line(task: TaskView, looks: Looks, width: int) -> str:
-    name = shorten_name(escape_controls(task.description), max(width // 2, 10), looks.ellipsis)
+def _task_line(task: TaskView, style: TerminalStyle, width: int) -> str:
+    name = shorten_name(escape_controls(task.description), max(width // 2, 10), style.ellipsis)
     share = None if not task.total else task.done / task.total
     bar = min(max(_BAR[0], width // 5), _BAR[1])
     count = _count("", task.done, task.total) if task.total or task.done else "..."
-    return f"{name} {looks.bar(share, bar) + '  ' if task.total else ''}{count}"
+    return f"{name} {style.bar(share, bar) + '  ' if task.total else ''}{count}"
 
 
-def _metric_lines(view: RunView, looks: Looks, width: int) -> Iterator[str]:
-    """Yield lines of columns of metrics: those that callbacks watch first."""
+def _metric_lines(view: RunView, style: TerminalStyle, width: int) -> Iterator[str]:
+    """Yield lines of metrics in columns; those that callbacks watch come first."""
     metrics = sorted(view.metrics.items(), key=lambda item: not item[1].is_watched)
     if not metrics:
         return
@@ -291,6 +300,6 @@ def _metric_lines(view: RunView, looks: Looks, width: int) -> Iterator[str]:
     cell = longest + 46  # the value and the best with its iteration
     columns = max(1, (width + len(_GAP)) // (cell + len(_GAP)))
     cell = (width - (columns - 1) * len(_GAP)) // columns
-    cells = [looks.metric(escape_controls(key), metric, cell) for key, metric in metrics]
+    cells = [style.metric(escape_controls(key), metric, cell) for key, metric in metrics]
     for start in range(0, len(cells), columns):
         yield _GAP.join(cells[start : start + columns]).rstrip()

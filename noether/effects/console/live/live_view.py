@@ -1,4 +1,4 @@
-"""What a display shows of a run: numbers and names only, so that a thread can draw it, and never frees a tensor."""
+"""The data that the live display shows: numbers and names, and no tensors, which its thread must not free."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _HISTORY_S: Final = 300.0
 
 @dataclass
 class MetricView:
-    """The last value of a metric, and its best.
+    """The last value of a metric, and its best value.
 
     Attributes:
         value: The last value.
         direction: Whether higher or lower is better; None if that is not known.
         is_watched: Whether a callback watches it.
         best: The best value; None if there is none yet.
-        best_at: Where that was.
-        is_best: Whether the last value is the best.
+        best_at: The iteration of the best value, as text.
+        is_best: Whether the last value is better than all earlier ones; False for the first value.
     """
 
     value: float | str
@@ -48,7 +48,7 @@ class MetricView:
     is_best: bool = False
 
     def update(self, value: float | str, at: TrainingIteration) -> None:
-        """Take a new value, logged at an iteration."""
+        """Set the last value, which was logged at an iteration, and the best value if this one is better."""
         self.value, had_best = value, self.best is not None
         is_better = isinstance(value, float) and math.isfinite(value) and self._improves(value)
         self.is_best = is_better and had_best
@@ -63,7 +63,14 @@ class MetricView:
 
 @dataclass(eq=False)
 class TaskView:
-    """An iteration that takes long, such as an evaluation."""
+    """The progress of a task that takes long, such as an evaluation.
+
+    Attributes:
+        description: What is done.
+        total: The number of its items; None if it is not known.
+        began_s: When it began, in seconds of the clock `monotonic`.
+        done: The number of completed items.
+    """
 
     description: str
     total: int | None
@@ -75,11 +82,11 @@ class RunView:
     """The newest facts about a run.
 
     Attributes:
-        newest: The iteration, and that at which its epoch began; None before the first event.
+        newest: The newest iteration, and the one at which its epoch began; None before the first event.
         run: Its end and lengths.
         progress: The newest `ShowProgress`.
         metrics: The metrics that are shown, by key.
-        tasks: The iterations that are running.
+        tasks: The running tasks.
     """
 
     def __init__(self) -> None:
@@ -89,19 +96,19 @@ class RunView:
         self.metrics: dict[str, MetricView] = {}
         self.tasks: list[TaskView] = []
         self._watched: Mapping[str, Mode] = {}
-        self._paces: deque[tuple[float, int, int]] = deque()  # time, updates and samples
+        self._history: deque[tuple[float, int, int]] = deque()  # time in seconds, completed updates and samples
 
     def begin(self, run: Run) -> None:
-        """Take the end and the lengths of a run, and forget the pace before."""
+        """Set the end and the lengths of the run, and drop the speed of an earlier one."""
         self.run = Run(**{name: value for name, value in vars(run).items() if name in _SIZES})
-        self._paces.clear()
+        self._history.clear()
 
     def watch(self, callbacks: Iterable[Callback], state: TrainState) -> None:
         """Show the metrics that callbacks watch, with their best values in a state.
 
         Args:
             callbacks: The callbacks of the run, without decorators.
-            state: Where it begins.
+            state: The state in which the run begins, with the best values so far.
         """
         watchers: list[Any] = [each for each in callbacks if hasattr(each, "metric_key") and hasattr(each, "direction")]
         self._watched = {each.metric_key: each.direction for each in watchers}
@@ -117,12 +124,12 @@ class RunView:
         """Whether the display shows a metric: a loss, or one that a callback watches."""
         return key in self._watched or (key.startswith(_LOSS) and not key.endswith(("/best", "/best_update")))
 
-    def rank_of(self, key: str) -> int:
-        """Return 0 for a metric that a callback watches, 1 for a loss, 2 for others."""
+    def priority_of(self, key: str) -> int:
+        """Return the place of a metric in a line: 0 if a callback watches it, 1 for a loss, 2 for others."""
         return 0 if key in self._watched else 1 if self.is_shown(key) else 2
 
     def log(self, metrics: Mapping[str, Any], at: TrainingIteration) -> None:
-        """Take the values that were logged at an iteration."""
+        """Set the values that were logged at an iteration, if the display shows them."""
         for key, value in metrics.items():
             if self.is_shown(key):
                 shown = self.metrics.get(key)
@@ -131,32 +138,35 @@ class RunView:
                     shown = self.metrics[key] = MetricView(math.nan, direction, key in self._watched)
                 shown.update(float(value) if isinstance(value, int | float) else format_value(value), at)
 
-    def add_pace(self, now_s: float) -> None:
-        """Remember the updates and samples that are completed at a time."""
+    def record_progress(self, now_s: float) -> None:
+        """Store how many updates and samples are completed at a time in seconds, to compute the speed."""
         if self.newest is None:
             return
         at, _ = self.newest
-        if self._paces and self._paces[-1][1] > at.update:  # a new run
-            self._paces.clear()
-        self._paces.append((now_s, at.update, at.sample))
-        while now_s - self._paces[0][0] > _HISTORY_S:
-            self._paces.popleft()
+        if self._history and self._history[-1][1] > at.update:  # a new run
+            self._history.clear()
+        self._history.append((now_s, at.update, at.sample))
+        while now_s - self._history[0][0] > _HISTORY_S:
+            self._history.popleft()
 
     def rates(self) -> tuple[float, float] | None:
-        """Return updates and samples per second of the last ten seconds; None if none was completed."""
-        if not self._paces:
+        """Return updates and samples per second in the last ten seconds; None without a completed update.
+
+        If no update was completed in ten seconds, the rates are those of the last five minutes.
+        """
+        if not self._history:
             return None
-        now_s, updates, samples = self._paces[-1]
-        before_s, updates_before, samples_before = next(each for each in self._paces if now_s - each[0] <= _RATE_S)
+        now_s, updates, samples = self._history[-1]
+        before_s, updates_before, samples_before = next(each for each in self._history if now_s - each[0] <= _RATE_S)
         if updates == updates_before:
-            before_s, updates_before, samples_before = self._paces[0]
+            before_s, updates_before, samples_before = self._history[0]
         if updates == updates_before:
             return None
         return (updates - updates_before) / (now_s - before_s), (samples - samples_before) / (now_s - before_s)
 
     def left_s(self, end: int | None) -> float | None:
-        """Return the seconds until an update is completed, evaluations included; None if they cannot be estimated."""
-        if end is None or not self._paces:
+        """Return the estimated seconds until update `end`, evaluations included; None if the speed is not known."""
+        if end is None or not self._history:
             return None
-        (began_s, first, _), (now_s, last, _) = self._paces[0], self._paces[-1]
+        (began_s, first, _), (now_s, last, _) = self._history[0], self._history[-1]
         return None if last == first else (now_s - began_s) / (last - first) * (end - last)

@@ -1,4 +1,4 @@
-"""A live display in a notebook: one output that is updated, and stays as it is at the end."""
+"""The live display in a notebook: one output of a cell, which is updated in place and keeps its last lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @final
 class NotebookRows:
-    """Lines in one output of the cell that runs."""
+    """Draws lines in one output of the running cell."""
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -22,7 +22,7 @@ class NotebookRows:
         return self._handle is not None
 
     def draw(self, lines: Sequence[str]) -> None:
-        """Draw the lines in place of those before."""
+        """Draw the lines in place of the previous ones."""
         from IPython.display import display  # only notebooks have it
 
         text = "\n".join(lines).rstrip()
@@ -33,5 +33,5 @@ class NotebookRows:
             self._handle.update(content, raw=True)
 
     def remove(self) -> None:
-        """Leave the last lines readable; the next `draw` begins another output."""
+        """Keep the last lines as they are; the next `draw` begins another output."""
         self._handle = None

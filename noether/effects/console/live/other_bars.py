@@ -1,4 +1,4 @@
-"""Progress bars that other libraries draw on the same terminal: whether there are any, and how to print above them."""
+"""Progress bars that other libraries draw on the same terminal: finding them, and printing above them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from typing import IO
 
 
-def others_draw() -> bool:
-    """Return whether tqdm, rich or a framework shows a progress bar of others now."""
+def has_other_bar() -> bool:
+    """Return whether tqdm, rich or a framework shows a progress bar now."""
     return bool(_ANNOUNCED) or bool(_tqdm_bars()) or _find_rich_proxy() is not None or _has_rich_display()
 
 
@@ -20,20 +20,22 @@ _ANNOUNCED: Final[set[int]] = set()
 
 
 def announce_bar(owner: object, *, is_shown: bool) -> None:
-    """Tell whether a framework shows a bar that it draws again from the beginning of the line, as Keras does.
+    """Announce that a framework shows a bar, or no longer shows it; it redraws the bar from the start of its line.
+
+    Keras has such a bar, which cannot be found otherwise.
 
     Args:
-        owner: What runs while the bar is shown, such as the callback of an integration.
-        is_shown: Whether it is shown from now on.
+        owner: An object that lives as long as the bar, such as the callback of an integration.
+        is_shown: Whether the bar is shown from now on.
     """
     (_ANNOUNCED.add if is_shown else _ANNOUNCED.discard)(id(owner))
 
 
-def removed_bars(file: IO[str]) -> AbstractContextManager[Any]:
-    """Return a context in which the bars of others are not on the terminal; later these are drawn again.
+def hide_other_bars(file: IO[str]) -> AbstractContextManager[Any]:
+    """Return a context that removes the bars of other libraries from the terminal, and draws them again at its end.
 
     Args:
-        file: Where the lines go that are written in the context.
+        file: The file to which the context writes lines.
     """
     if _ANNOUNCED:
         file.write("\r\x1b[2K" if _is_terminal(file) else "\n")
@@ -45,22 +47,22 @@ def removed_bars(file: IO[str]) -> AbstractContextManager[Any]:
 
 
 def choose_output(file: IO[str]) -> IO[str]:
-    """Return where lines for `file` go: while a bar of rich is shown, it prints what is written to the standard output.
+    """Return the file to write lines to: while rich shows a bar, its proxy of the standard output prints above the bar.
 
     Args:
-        file: The standard output, or another file that is returned unchanged.
+        file: The standard output; any other file is returned unchanged.
     """
     proxy = _find_rich_proxy()
     return file if proxy is None or proxy.rich_proxied_file is not file else proxy
 
 
 def _find_tqdm() -> Any:
-    module = sys.modules.get("tqdm.std")  # that a program which never imports it does not wait for the import
+    module = sys.modules.get("tqdm.std")  # not imported here, because a program without tqdm would wait for the import
     return None if module is None else getattr(module, "tqdm", None)
 
 
 def _tqdm_bars() -> list[Any]:
-    """Return the bars of tqdm on a terminal that are open."""
+    """Return the open bars of tqdm on a terminal."""
     tqdm = _find_tqdm()
     bars = list(getattr(tqdm, "_instances", ()))  # a copy, because other threads open and close bars
     return [bar for bar in bars if not bar.disable and _is_terminal(getattr(bar, "fp", None))]
@@ -74,11 +76,11 @@ def _is_terminal(file: Any) -> bool:
 
 
 def _find_rich_proxy() -> Any:
-    """Return the file with which a bar of rich has replaced the standard output; None if there is none."""
+    """Return the proxy with which a bar of rich has replaced the standard output; None without such a bar."""
     return sys.stdout if hasattr(sys.stdout, "rich_proxied_file") else None
 
 
 def _has_rich_display() -> bool:
     rich = sys.modules.get("rich")
-    console = getattr(rich, "_console", None)  # that of the process, if one is used
+    console = getattr(rich, "_console", None)  # the console that `rich.print` shares, if the program uses it
     return bool(getattr(console, "_live_stack", None) or getattr(console, "_live", None))

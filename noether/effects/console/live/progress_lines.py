@@ -1,4 +1,4 @@
-"""Whether a person watches a terminal, and the progress of a run as one line for logs."""
+"""Whether a console is an interactive terminal, and the progress of a run as one line for the others."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from noether.core.effect import ShowProgress
     from noether.core.state import TrainState
 
-_UNATTENDED: Final = ("CI", "SLURM_JOB_ID")  # environment variables set where output goes to a log
+_UNATTENDED: Final = ("CI", "SLURM_JOB_ID")  # environment variables of jobs whose terminal is a log
 
 
-def is_live(console: Console) -> bool:
-    """Return whether a person watches `console`: a terminal, and not the log of a CI or batch job."""
+def is_interactive(console: Console) -> bool:
+    """Return whether `console` is an interactive terminal, and not the log of a CI or batch job."""
     if any(os.environ.get(name) for name in _UNATTENDED):
         return False
     if console.legacy_windows or console.is_jupyter:
