@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -25,7 +26,29 @@ def echo(text: object, *, err: bool = False) -> None:
         err: Whether to print to the standard error.
     """
     if not launched_rank():
-        click.echo(printable(str(text)), err=err)
+        write(f"{printable(str(text))}\n", err=err)
+
+
+def write(text: str, *, err: bool = False) -> None:
+    r"""Write a text; characters that the encoding of the stream does not have become escapes such as `\u2581`.
+
+    Args:
+        text: The text, unchanged otherwise.
+        err: Whether to write to the standard error.
+    """
+    encoding = getattr(sys.stderr if err else sys.stdout, "encoding", None) or "utf-8"
+    # click would write UTF-8 to a stream of ASCII, and fail at other encodings
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), nl=False, err=err)
+
+
+def make_console() -> Console:
+    """Return a console of rich on the standard output, which writes escapes for characters that its encoding lacks."""
+    from rich.console import Console
+
+    console = Console()
+    if isinstance(console.file, io.TextIOWrapper):
+        console.file.reconfigure(errors="backslashreplace")
+    return console
 
 
 def printable(text: str) -> str:
@@ -48,7 +71,7 @@ def print_line(text: str, *, err: bool = False) -> None:
         err: Whether it goes to the standard error.
     """
     try:
-        click.echo(printable(text), err=err)
+        write(f"{printable(text)}\n", err=err)
     except (OSError, ValueError):  # ValueError: the stream is closed
         if not err:
             print_line(text, err=True)

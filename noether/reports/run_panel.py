@@ -40,14 +40,16 @@ _CHECKPOINTS: Final = 6
 _PARTS: Final = 8
 _TRACEBACK_LINES: Final = 3
 _BARS: Final = "▁▂▃▄▅▆▇█"
+_ASCII_BARS: Final = "_.:-=+*#"
 _ITERATION: Final = re.compile(r"\bE\d+_U\d+_S\d+\b")
 
 
-def describe_run(run: RunRecord) -> RunPanel:
+def describe_run(run: RunRecord, *, is_ascii: bool = False) -> RunPanel:
     """Return the panel of a run in any status.
 
     Args:
         run: The run; the panel does not have what it wrote after it was read.
+        is_ascii: Whether trends are drawn in ASCII.
     """
     status = run.status
     facts = {
@@ -65,7 +67,7 @@ def describe_run(run: RunRecord) -> RunPanel:
     return RunPanel(
         title=f"{run.name}: {status}",
         facts=[(name, entries) for name, entries in facts.items() if entries],
-        table=tabulate_metrics(run),
+        table=tabulate_metrics(run, bars=_ASCII_BARS if is_ascii else _BARS),
         commands=_suggest_commands(run, status),
         style=STYLES.get(status, "dim"),
     )
@@ -136,12 +138,13 @@ def format_number(value: Any) -> str:
     return str(value) if isinstance(value, (bool, int, str)) or not math.isfinite(value) else f"{value:.6g}"
 
 
-def draw_trend(values: NDArray[Any], width: int = 12) -> str:
+def draw_trend(values: NDArray[Any], width: int = 12, bars: str = _BARS) -> str:
     """Return a sparkline of values; a place with only NaN or infinities is empty.
 
     Args:
         values: The values in their order.
         width: Largest number of bars.
+        bars: Characters from the lowest to the highest bar.
 
     Example:
         >>> draw_trend(np.array([0.0, 1.0, np.nan, 3.0])), draw_trend(np.array([2.0, 2.0])), draw_trend(np.zeros(0))
@@ -156,16 +159,16 @@ def draw_trend(values: NDArray[Any], width: int = 12) -> str:
         return ""
     low, span = known.min(), (known.max() - known.min()) or 1.0
     return "".join(
-        " " if not np.isfinite(mean) else _BARS[round((mean - low) / span * (len(_BARS) - 1))] for mean in means
+        " " if not np.isfinite(mean) else bars[round((mean - low) / span * (len(bars) - 1))] for mean in means
     ).rstrip()
 
 
-def tabulate_metrics(run: RunRecord) -> Table:
+def tabulate_metrics(run: RunRecord, bars: str) -> Table:
     """Return a table with the last and best value and the trend of each metric."""
     shown = {key: series for key, series in run.metrics.items() if not is_derived(key)}
     values = {key: series.last for key, series in shown.items()}
     rows = [
-        (key, format_number(shown[key].last), *_describe_best(run, key), draw_trend(shown[key].values))
+        (key, format_number(shown[key].last), *_describe_best(run, key), draw_trend(shown[key].values, bars=bars))
         for key in sorted(shown, key=lambda key: _rank_metric(run, key))
         if not repeats_single_loss(key, values)
     ]

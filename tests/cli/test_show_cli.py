@@ -136,3 +136,15 @@ def test_entries_of_a_summary_that_are_not_as_noether_writes_them_are_left_out(t
 def test_a_path_in_a_run_is_refused_with_the_path_of_the_run(folder):
     (folder / "a/checkpoints").mkdir(exist_ok=True)
     assert f"lies in the directory of a run; give {folder / 'a'}" in show(folder / "a/checkpoints", code=2)
+
+
+@pytest.mark.parametrize("charset", ["ascii", "latin-1"])
+@pytest.mark.parametrize("width", [None, "80"])
+def test_a_stream_without_unicode(folder, charset, width):
+    write_run(folder / "\u4e00", [1.0, 2.0, 3.0])
+    terminal = {} if width is None else {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": width}
+    result = CliRunner(charset=charset, env=terminal).invoke(main, ["show", str(folder / "\u4e00")])
+    assert result.exit_code == 0, result.output
+    text = result.stdout_bytes.decode("ascii")
+    assert r"\u4e00: finished" in text
+    assert "_-#" in text

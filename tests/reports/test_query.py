@@ -194,3 +194,17 @@ def test_a_missing_duckdb_is_named(runs, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "duckdb", None)
     code, _, errors = run_query(runs, "select 1")
     assert (code, errors) == (1, "Error: duckdb is not installed: pip install 'noether[query]'\n")
+
+
+@pytest.mark.parametrize("form", ["--csv", "--json", "--table"])
+@pytest.mark.parametrize("charset", ["ascii", "latin-1"])
+def test_a_stream_without_unicode(tmp_path, charset, form):
+    record_of(tmp_path / "run", [])
+    arguments = ["query", str(tmp_path), "select '\u4e00\U0001f600' as x", *([] if form == "--table" else [form])]
+    result = CliRunner(charset=charset).invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    text = result.stdout_bytes.decode("ascii")
+    if form == "--json":
+        assert json.loads(text) == [{"x": "\u4e00\U0001f600"}]
+    else:
+        assert text.splitlines() == ["x", r"\u4e00\U0001f600"]

@@ -5,9 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
-from noether.cli.output import echo, print_panel
+from noether.cli.output import echo, make_console, print_panel
 from noether.cli.ranks import announce_exit
 from noether.core.callback import label_of, listens_to
 from noether.core.effect import SaveCheckpoint
@@ -190,4 +188,4 @@ def _write(logs: EvaluationLogs) -> None:
 
 def _print_metrics(tag: str, metrics: Mapping[str, Any]) -> None:
     rows = [(key, f"{value:.6g}" if isinstance(value, (int, float)) else str(value)) for key, value in metrics.items()]
-    print_panel(RunPanel(title=tag, table=Table(("metric", "value"), rows)), Console())
+    print_panel(RunPanel(title=tag, table=Table(("metric", "value"), rows)), make_console())

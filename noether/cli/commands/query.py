@@ -9,12 +9,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from noether.cli.output import echo, printable
+from noether.cli.output import echo, make_console, printable, write
 from noether.effects.disk.json_numbers import to_plain
 from noether.reports.query import query_runs
 from noether.reports.reading.run_record import read_runs
@@ -46,10 +45,11 @@ def query(folders: Sequence[Path], statement: str, form: str) -> None:
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(result.columns)
         writer.writerows(result.rows)
-        click.echo(buffer.getvalue(), nl=False)
+        write(buffer.getvalue())
     elif form == "json":
         rows = [dict(zip(result.columns, to_plain(row), strict=True)) for row in result.rows]
-        click.echo(json.dumps(rows, default=str, ensure_ascii=False))
+        is_ascii = make_console().options.ascii_only
+        write(f"{json.dumps(rows, default=str, ensure_ascii=is_ascii)}\n")
     else:
         _print_table(result)
 
@@ -64,7 +64,7 @@ def name_runs(folders: Sequence[Path]) -> dict[str, RunRecord]:
 
 def _print_table(result: QueryResult) -> None:
     """Print aligned columns, with the words of wide ones wrapped on a terminal."""
-    console = Console()
+    console = make_console()
     if not console.is_terminal:
         console = Console(width=_PLAIN_WIDTH)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -75,7 +75,7 @@ def _print_table(result: QueryResult) -> None:
         table.add_row(*(Text(_cell(value)) for value in row))
     with console.capture() as captured:
         console.print(table)
-    click.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+    echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
     if not result.rows:
         echo("no rows", err=True)
 

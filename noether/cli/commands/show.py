@@ -8,10 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from rich.console import Console
 from rich.live import Live
 
-from noether.cli.output import echo, print_panel
+from noether.cli.output import echo, make_console, print_panel
 from noether.config.errors import error_at
 from noether.core.errors import suggest
 from noether.core.text import count_of
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from rich.console import Console
+
     from noether.reports.reading.run_record import RunRecord
 
 _INTERVAL_S: Final = 1.0
@@ -48,23 +49,27 @@ def show_run(path: Path, *, as_json: bool, follow: bool) -> None:
     Raises:
         ConfigError: If it is not the directory of a run.
     """
-    run, console = read_run(path), Console()
+    run, console = read_run(path), make_console()
     if as_json:
         echo(json.dumps(to_plain(to_values(run)), indent=1))
     elif not follow:
-        print_panel(describe_run(run), console)
+        print_panel(_describe(run, console), console)
     else:
         with suppress(KeyboardInterrupt):
             if console.is_terminal and not console.is_dumb_terminal:
                 _follow_live(run, console)
             else:
                 _follow_lines(run)
-        print_panel(describe_run(read_run(path)), console)
+        print_panel(_describe(read_run(path), console), console)
+
+
+def _describe(run: RunRecord, console: Console) -> RunPanel:
+    return describe_run(run, is_ascii=console.options.ascii_only)
 
 
 def _follow_live(run: RunRecord, console: Console) -> None:
     def describe() -> RunPanel:
-        return replace(describe_run(run), max_lines=max(console.height - 1, 4))  # the cursor has a line, too
+        return replace(_describe(run, console), max_lines=max(console.height - 1, 4))  # the cursor has a line, too
 
     with Live(describe(), console=console, transient=True, auto_refresh=False) as live:
         while run.status == "running":
@@ -126,7 +131,7 @@ def show_runs(
     if as_json:
         echo(json.dumps([to_plain(vars(row)) for row in rows], indent=1))
     else:
-        print_panel(RunPanel(title=count_of(len(rows), "run"), table=tabulate_runs(rows, keys)), Console())
+        print_panel(RunPanel(title=count_of(len(rows), "run"), table=tabulate_runs(rows, keys)), make_console())
 
 
 def _show_differences(runs: Sequence[RunRecord], *, as_json: bool) -> None:
@@ -142,7 +147,7 @@ def _show_differences(runs: Sequence[RunRecord], *, as_json: bool) -> None:
     else:
         labels, shown = run_labels(runs), merge_missing_callbacks(found)
         rows = [(name, *("" if value is None else str(value) for value in each)) for name, each in shown.items()]
-        print_panel(RunPanel(title="differences", table=Table(("setting", *labels), rows)), Console())
+        print_panel(RunPanel(title="differences", table=Table(("setting", *labels), rows)), make_console())
 
 
 def is_single_run(paths: Sequence[Path]) -> bool:
