@@ -1,4 +1,4 @@
-"""Ranges of numbers in the configuration, read from the checks themselves: which of a few values do they refuse?"""
+"""Finds the ranges of numbers in the configuration: it tries a few values and reads which of them the checks refuse."""
 
 from __future__ import annotations
 

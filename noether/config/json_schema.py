@@ -1,7 +1,7 @@
 """A JSON schema (draft 2020-12) of the YAML of a configuration, which editors use for completion and checks.
 
-Texts, types, defaults and ranges come from the settings classes. Whatever the loader accepts is meant to be
-valid under the schema; the loader checks more, such as that dotted paths exist.
+Texts, types, defaults and ranges come from the settings classes. The schema accepts whatever the loader accepts; the
+loader checks more, such as that dotted paths exist.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def find_entry(name: str) -> Entry:
         name: The dotted name; a part that the user chooses, such as the key of a dataset, may be any text.
 
     Raises:
-        InvalidValueError: If there is none; the message contains the nearest name, or what replaces an older one.
+        InvalidValueError: If it does not exist; the message has the nearest name, or what replaces an older setting.
 
     Example:
         >>> find_entry("trainer.max_batch_size").setting.bounds
@@ -85,7 +85,7 @@ def find_entry(name: str) -> Entry:
         fits = [each for name in (part, _KEY) for each in entries if each.setting.name == name]
         found = fits[0] if fits else None
         if found is None:
-            raise InvalidValueError(f"no setting {name!r}{_older(name) or _nearest(name)}")
+            raise InvalidValueError(f"no setting {name!r}{_explain_older(name) or _suggest_nearest(name)}")
         entries = found.settings
     return typing.cast("Entry", found)
 
@@ -182,13 +182,13 @@ def section_text(name: str) -> str:
     return SECTION.sub("", docstring_of(section)).strip()
 
 
-def _nearest(name: str) -> str:
+def _suggest_nearest(name: str) -> str:
     names = [each.name for each in walk()]
     same = [each for each in names if each.rpartition(".")[2] == name.rpartition(".")[2]]
     return f"; did you mean {' or '.join(map(repr, same))}?" if same else suggest(name, names)
 
 
-def _older(name: str) -> str:
+def _explain_older(name: str) -> str:
     """Return what replaces a setting of the class-based framework, for a message, or an empty text."""
     section, _, key = name.rpartition(".")
     for translation, prefix in ((TRAINER, "trainer"), (SECTIONS, "")):

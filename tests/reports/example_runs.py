@@ -1,4 +1,4 @@
-"""Runs on disk that are hard to show, written by the code that writes real ones."""
+"""Writes example runs with the code that writes real runs, among them ones with hostile names."""
 
 import json
 

@@ -32,12 +32,12 @@ NUMBERS = st.floats() | st.integers(-(2**70), 2**70) | st.booleans()
 
 
 def expected_column(values):
-    """What a column holds by the docstring of `Series`."""
+    """Return the array of values that the docstring of `Series` describes."""
     if all(type(value) in {int, bool} and -(2**63) <= value < 2**63 for value in values):
         return np.array([int(value) for value in values], np.int64)
     return np.array([float(value) for value in values], np.float64)
 
 
 def quiet(values):
-    """NaN has one bit pattern in a log: its sign and payload are not logged."""
+    """Return values in which every NaN has the same bits, because a log has neither its sign nor its payload."""
     return np.where(np.isnan(values), np.nan, values) if values.dtype == np.float64 else values

@@ -1,4 +1,4 @@
-"""`MetricsTail`: what is read in parts is the log, also if the run resumes meanwhile."""
+"""`MetricsTail` reads the whole log in parts, also if the run resumes meanwhile."""
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +11,7 @@ from noether.reports.run_table import make_rows
 
 
 @given(cuts=st.lists(st.floats(0, 1), max_size=6), count=st.integers(0, 8))
-def test_parts_make_the_log_wherever_it_is_cut(tmp_path_factory, cuts, count):
+def test_the_parts_that_a_tail_reads_add_up_to_the_log(tmp_path_factory, cuts, count):
     path = tmp_path_factory.mktemp("run")
     log = path / "metrics.jsonl"
     write_lines(path / "whole", [{"loss": float(update), "step": update} for update in range(count)])

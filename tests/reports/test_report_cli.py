@@ -50,7 +50,7 @@ def test_a_file_that_is_not_a_report_stays(tmp_path):
         ("--png", "curves", "curves.png"),
     ],
 )
-def test_a_name_of_another_kind_of_file_is_refused(tmp_path, option, name, fix):
+def test_a_name_without_the_right_suffix_is_refused(tmp_path, option, name, fix):
     run = make_run(tmp_path / "run")
     before = sorted(tmp_path.rglob("*"))
     result = run_report(run, option, tmp_path / name)

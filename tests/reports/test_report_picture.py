@@ -32,7 +32,7 @@ def test_of_many_metrics_some_are_left_out_derived_ones_first(tmp_path):
     assert count_colors(picture)[0] > 24 * 5
 
 
-def test_a_name_with_dollar_signs_is_no_formula(tmp_path):
+def test_a_name_with_dollar_signs_is_not_drawn_as_a_formula(tmp_path):
     assert draw_picture([write_run(tmp_path / "run", [{"loss/$\\bad$": 1.0}])])[1] == 0
 
 

@@ -1,4 +1,4 @@
-"""What the report says in plain HTML; the charts are tested in a browser."""
+"""The HTML of the sections of a report; the charts are tested in a browser."""
 
 import math
 from html.parser import HTMLParser
@@ -84,7 +84,7 @@ def test_names_and_files_of_a_run_are_text(document):
         assert text in document.text
 
 
-def test_it_says_what_came_of_each_run(document):
+def test_the_overview_has_status_and_results_of_each_run(document):
     assert (
         "first is finished: ended at E2_U4_S16: no progress. The best val/accuracy is 0.5, at update 2."
         in document.text
@@ -94,7 +94,7 @@ def test_it_says_what_came_of_each_run(document):
     assert not any(row[0] == "frozen parameters" for row in document.rows), "a fact of no run is left out"
 
 
-def test_it_says_where_time_went(document):
+def test_the_section_of_times_has_each_phase(document):
     row = next(row for row in document.rows if row[0] == "first" and "10.0 s" in row)
     assert row[1:7] == [
         "10.0 s",
@@ -105,17 +105,17 @@ def test_it_says_where_time_went(document):
     assert row[7:9] == ["40", "4"]
 
 
-def test_it_names_values_that_are_not_finite(document):
+def test_the_problems_name_values_that_are_not_finite(document):
     assert "val/accuracy: 1 of 4 values are not finite, the first at update 3" in document.text
 
 
-def test_it_shows_where_runs_differ(document):
+def test_tables_show_the_differences_between_runs(document):
     assert ["optimizer.lr", "0.1", "0.2"] in document.rows
     assert ["host", "here", "there"] in document.rows
     assert ["git.commit", "abc"] in document.rows
 
 
-def test_it_lists_checkpoints_and_evaluations(document):
+def test_tables_list_checkpoints_and_evaluations(document):
     assert any(row[:3] == ["E2_U4_S16", "first", "latest"] for row in document.rows)
     tags = {row[0]: row[5:] for row in document.rows if row[1:2] == ["first"] and row[0].startswith("E")}
     assert tags["E1_U2_S8"] == ["0.5", "1"]

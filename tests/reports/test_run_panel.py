@@ -1,4 +1,4 @@
-"""What `noether show` says about one run."""
+"""The panel of one run, which `noether show` prints."""
 
 import io
 import json

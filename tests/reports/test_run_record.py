@@ -61,7 +61,7 @@ ALIKE = st.fixed_dictionaries({"a": st.floats(), "b": st.floats() | st.integers(
     lines=st.lists(LINES, max_size=12) | st.lists(ALIKE | LINES, max_size=12),
     block_bytes=st.sampled_from([1, 400, 10**6]),
 )
-def test_metrics_have_the_bits_that_were_logged(lines, block_bytes):
+def test_read_metrics_have_the_bits_of_the_logged_ones(lines, block_bytes):
     metrics = read_lines(lines, block_bytes)
     logged = {}
     for update, line in enumerate(lines, 1):
@@ -95,7 +95,7 @@ def test_a_damaged_line_is_named_and_the_others_are_read(tmp_path, caplog, damag
 
 
 @pytest.mark.parametrize("value", ["null", '"text"', "[1]", "{}"])
-def test_a_metric_that_is_no_number_is_damage(tmp_path, caplog, value):
+def test_a_line_with_a_metric_that_is_not_a_number_is_damaged(tmp_path, caplog, value):
     path = write_run(tmp_path / "run")
     text = (path / "metrics.jsonl").read_text().replace('"loss": 1.0', f'"loss": {value}')
     (path / "metrics.jsonl").write_text(text)
@@ -175,7 +175,7 @@ def test_status_of_a_killed_run_and_of_its_copy_from_another_host(tmp_path):
     open_run(tmp_path / "run").close()
 
 
-def test_asking_the_lock_changes_nothing_and_refuses_no_writer(tmp_path):
+def test_checking_the_lock_changes_nothing_and_blocks_no_writer(tmp_path):
     write_run(tmp_path / "run")
     files = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert find_lock_use(tmp_path / "run") == "free"

@@ -96,7 +96,7 @@ def chart_data(runs: Sequence[RunRecord], groups: dict[str, list[Curve]], ids: d
 def _template(count: int, y_axis_type: Literal["linear", "log"]) -> Any:
     """Return an empty chart for some runs; the script fills in the data of each chart."""
     from bokeh.embed import json_item
-    from bokeh.models import BoxZoomTool, ColumnDataSource, HoverTool, PanTool, ResetTool, WheelZoomTool
+    from bokeh.models import BoxZoomTool, HoverTool, PanTool, ResetTool, WheelZoomTool
     from bokeh.plotting import figure
 
     plot = figure(
@@ -115,27 +115,32 @@ def _template(count: int, y_axis_type: Literal["linear", "log"]) -> Any:
         lod_threshold=None,
     )
     plot.toolbar.logo = None
-    hovered: list[Any] = []
-    for index in range(count):
-        color, dash = run_style(index)
-        # Without any value bokeh warns that there is no range.
-        columns: dict[str, list[Any]] = {"x": [0.0, 1.0], "y": [1.0, 2.0], "label": ["", ""], "marker": ["diamond"] * 2}
-        line, points, marks, ends = (
-            ColumnDataSource(columns, name=f"{kind}{index}") for kind in ("line", "points", "marks", "ends")
-        )
-        plot.line("x", "y", source=line, color=color, line_dash=dash, line_width=1.5, name=f"curve{index}")
-        smooth = ColumnDataSource({"x": [], "y": []}, name=f"smooth{index}")
-        plot.line("x", "y", source=smooth, color=color, line_dash=dash, line_width=2.5)
-        hovered.append(plot.scatter("x", "y", source=points, color=color, size=5, name=f"dots{index}"))
-        hovered.append(
-            plot.scatter("x", "y", source=marks, fill_color=color, size=11, marker="diamond", name=f"marks{index}")
-        )
-        hovered.append(plot.scatter("x", "y", source=ends, color=color, size=9, marker="marker"))
+    hovered = [renderer for index in range(count) for renderer in _add_run(plot, index)]
     plot.add_tools(
         HoverTool(renderers=hovered, tooltips="@label", point_policy="snap_to_data", attachment="horizontal")
     )
     plot.yaxis.axis_label = None
     return json_item(plot)
+
+
+def _add_run(plot: Any, index: int) -> list[Any]:
+    """Add the line, the smooth line and the marks of a run to a chart; return the renderers that a hover finds."""
+    from bokeh.models import ColumnDataSource
+
+    color, dash = run_style(index)
+    # Without any value bokeh warns that there is no range.
+    columns: dict[str, list[Any]] = {"x": [0.0, 1.0], "y": [1.0, 2.0], "label": ["", ""], "marker": ["diamond"] * 2}
+    line, points, marks, ends = (
+        ColumnDataSource(columns, name=f"{kind}{index}") for kind in ("line", "points", "marks", "ends")
+    )
+    plot.line("x", "y", source=line, color=color, line_dash=dash, line_width=1.5, name=f"curve{index}")
+    smooth = ColumnDataSource({"x": [], "y": []}, name=f"smooth{index}")
+    plot.line("x", "y", source=smooth, color=color, line_dash=dash, line_width=2.5)
+    return [
+        plot.scatter("x", "y", source=points, color=color, size=5, name=f"dots{index}"),
+        plot.scatter("x", "y", source=marks, fill_color=color, size=11, marker="diamond", name=f"marks{index}"),
+        plot.scatter("x", "y", source=ends, color=color, size=9, marker="marker"),
+    ]
 
 
 def _encode_run(run: RunRecord) -> dict[str, Any]:
