@@ -121,7 +121,7 @@ def arrange_columns(texts: Sequence[str], width: int) -> list[str]:
     r"""Return lines of texts in as many columns as fit into `width` characters, each read from top to bottom.
 
     Example:
-        >>> print(*arrange_columns(["train", "val", "test"], width=12), sep="|\n")
+        >>> print(*arrange_columns(["train", "val", "test"], width=14), sep="|\n")
         train    test|
         val
     """
