@@ -280,7 +280,10 @@ def _measurements(state: TrainState, model: TracedModel, reading: Reading, sizes
     finite = torch.tensor(math.isfinite(loss) and not reading.skipped)
     grad_norm = torch.tensor(math.inf if reading.skipped and math.isfinite(loss) else abs(loss))
     trained = {name: param for name, param in state.params.items() if name not in model.frozen}
-    gradients = FrozenDict({name: torch.full_like(param, loss) for name, param in trained.items()})
+    # Cast from double precision: a loss that a dtype of few bits does not hold is an overflow there, not an error.
+    gradients = FrozenDict(
+        {name: torch.full_like(param, loss, dtype=torch.float64).to(param.dtype) for name, param in trained.items()}
+    )
     return {
         "losses": model.losses_of(loss),
         "grad_norm": grad_norm,
