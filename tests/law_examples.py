@@ -1,4 +1,4 @@
-"""How many examples a law over training runs has: a part of them by default, all of them with `pytest -m slow`."""
+"""What `pytest` checks of the longest laws, and what `pytest -m slow`: a part, or all, of examples or of a matrix."""
 
 import inspect
 
@@ -34,3 +34,20 @@ def examples(full, *, quick, **options):
         return law
 
     return decorate
+
+
+def rotate(rows, choices):
+    """Pair each row of arguments with each choice: of a row one is not slow, and the next one of the next row.
+
+    Args:
+        rows: Tuples of the first arguments of a test.
+        choices: Tuples of the other arguments.
+
+    Returns:
+        What `pytest.mark.parametrize` takes.
+    """
+    return [
+        pytest.param(*row, *choice, marks=() if place == number % len(choices) else pytest.mark.slow)
+        for number, row in enumerate(rows)
+        for place, choice in enumerate(choices)
+    ]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from law_examples import examples
+from law_examples import examples, rotate
 from plain_loop import SCHEDULERS, Loop, Points, make_model
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
 
@@ -150,8 +150,7 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize(("loader", "accumulation"), rotate([(loader,) for loader in LOADERS], [(4,), (1,)]))
 @pytest.mark.filterwarnings("error::noether.session.errors.ResumeWarning")
 def test_every_loader_resumes_exactly(loader, accumulation, tmp_path):
     make = LOADERS[loader]

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from law_examples import rotate
 from torch import nn
 
 from noether import AfterUpdate, Run, TrainingIteration, callback, compose, every_n_epochs, every_n_updates, log, on
@@ -36,7 +37,7 @@ from noether.testing import (
 from noether.testing.models import TracedModel
 from noether.testing.strategies import runs
 
-LAWS = [check_pure, check_resumable, check_rank_agreement]
+LAWS = [(check_pure,), (check_resumable,), (check_rank_agreement,)]
 
 
 class Outputs(NamedTuple):
@@ -115,8 +116,7 @@ SOUND = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("kind", SOUND)
+@pytest.mark.parametrize(("kind", "law"), rotate([(kind,) for kind in SOUND], LAWS))
 def test_a_sound_callback_passes_with_its_model(kind, law):
     tested, given = SOUND[kind]
     law(tested, **given, examples=8)
@@ -171,18 +171,17 @@ def refuses_nan_of_a_loss(state, event):
     return log(state, event, {"y": 1.0})
 
 
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize(
-    "tested",
-    [
-        refuses_nan_of_a_loss,
-        refuses_nan_of_a_metric,
-        OnlineLossCallback(every_n_updates=2),
-        MetricEarlyStopping(every_n_updates=1, metric_key="loss/x", tolerance=2, nan="raise"),
-    ],
-    ids=["loss", "metric", "OnlineLossCallback", "MetricEarlyStopping"],
-)
-def test_the_error_of_a_callback_that_refuses_nan_names_finite_runs(tested, law):
+REFUSES_NAN = {
+    "loss": refuses_nan_of_a_loss,
+    "metric": refuses_nan_of_a_metric,
+    "OnlineLossCallback": OnlineLossCallback(every_n_updates=2),
+    "MetricEarlyStopping": MetricEarlyStopping(every_n_updates=1, metric_key="loss/x", tolerance=2, nan="raise"),
+}
+
+
+@pytest.mark.parametrize(("name", "law"), rotate([(name,) for name in REFUSES_NAN], LAWS))
+def test_the_error_of_a_callback_that_refuses_nan_names_finite_runs(name, law):
+    tested = REFUSES_NAN[name]
     with pytest.raises(LawError, match=r"not finite; if that is meant, check it with traces=runs\(finite=True\)"):
         law(tested, examples=200)
     law(tested, traces=runs(finite=True), examples=20)

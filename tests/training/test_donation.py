@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from hypothesis import given as drawn
-from hypothesis import settings
 from hypothesis import strategies as st
+from law_examples import examples
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -115,7 +115,7 @@ ACTIONS = st.lists(
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@settings(max_examples=25, deadline=None)
+@examples(25, quick=8)
 @drawn(
     actions=ACTIONS,
     nonfinite=st.sampled_from(["apply", "skip"]),

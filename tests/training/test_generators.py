@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from law_examples import examples
 from tiny_runs import CALLBACKS, make_config
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
@@ -105,6 +106,7 @@ def run_updates(step, updates, disturb):
 @pytest.mark.parametrize(
     ("model", "loss"), [(Noisy, square), (lambda: nn.Linear(2, 1), noisy_square)], ids=["model", "loss"]
 )
+@examples(100, quick=25)
 @given(disturb=st.integers(0, 2**62), other=st.integers(0, 2**62))
 def test_updates_do_not_depend_on_what_was_drawn_before(model, loss, donate, disturb, other):
     first, second = (run_updates(make_step(model(), loss, donate=donate), 3, each) for each in (disturb, other))

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from law_examples import examples
 from torch import nn
 
 from noether import Mean, TrainState
@@ -61,7 +62,7 @@ WEIGHT = st.sampled_from([0.0, 0.0, 1.0, 2.0, 0.5])
     "options", [{}, {"donate": True}, {"clip_grad_norm": 0.1}], ids=["plain", "donated", "clipped"]
 )
 @pytest.mark.parametrize("absent", ["absent", "nan"])
-@settings(deadline=None)
+@examples(100, quick=25)
 @given(
     st.lists(st.lists(st.tuples(WEIGHT, WEIGHT), min_size=1, max_size=3), min_size=1, max_size=4),
     st.integers(0, 100),
