@@ -26,7 +26,7 @@ def announce(error: BaseException) -> str | None:
     """Report an error to the other ranks and to the launcher.
 
     Returns:
-        What this process prints before the error, such as `rank 1: `; None if another rank prints the first error.
+        The text that this process prints before the error, such as `rank 1: `; None if another rank prints an error.
     """
     if launched_world_size() == 1:
         return ""
@@ -58,7 +58,7 @@ def announce_exit() -> Iterator[None]:
 
 
 def _prefix(error: BaseException, rank: int) -> str:
-    """Return which rank an error is of, unless it says so, or is that of all ranks, which rank 0 shows."""
+    """Return the rank of an error as `rank 1: `; empty if the error names its rank, or if all ranks raise it alike."""
     from noether.config.errors import ConfigError
     from noether.distributed.failures import RankError
     from noether.distributed.launch import LaunchError

@@ -62,7 +62,7 @@ def write_reference(folder: Path, modules: Iterable[str] | None = None) -> int:
         mock.patch.object(doc_types, "safe_eval_type", keep_annotation),
         warnings.catch_warnings(),
     ):
-        # The stubs only list names. pdoc takes a class for what it wraps if its instances have `__wrapped__`.
+        # The stubs only list names. pdoc mistakes a class for the wrapped function if its instances have `__wrapped__`.
         warnings.filterwarnings("ignore", "Error parsing type stubs for noether")
         warnings.filterwarnings("ignore", r"Cannot determine where noether\.core\.wrappers\.")
         documented = {name: doc.Module(_import_whole(name)) for name in modules or find_modules()}
@@ -75,7 +75,7 @@ def write_reference(folder: Path, modules: Iterable[str] | None = None) -> int:
 
 
 def _import_whole(name: str) -> Any:
-    """Import a module, and what it exports lazily: pdoc shows only what a module already has."""
+    """Import a module and its lazy exports: pdoc shows only names that are already in the module."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of the frameworks that integrations import
         module = import_module(name)

@@ -16,7 +16,7 @@ _NOT_COMPARED: Final = ("git.untracked", "git.problem")
 
 
 def find_run_differences(runs: Sequence[RunRecord]) -> dict[str, tuple[Any, ...]]:
-    """Return the settings and facts in which runs differ, each with its value in every run; None where it is missing.
+    """Return the settings and facts in which runs differ, each with its value in every run; None if a run lacks it.
 
     A setting is named by its dotted path as in `--set`; a path in a callback begins with the name of the callback. A
     fact about the process that trained a run last is named by its path in the entry `processes`, such as `git.commit`.

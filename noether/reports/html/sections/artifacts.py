@@ -27,7 +27,7 @@ _MIME: Final = {".png": "image/png", ".svg": "image/svg+xml"}
 def artifacts_section(runs: Sequence[RunRecord]) -> Section | None:
     """Return the section of the artifacts; None if there are none.
 
-    Pictures are embedded until they have a certain size together; what is left out is listed with its file.
+    The page embeds pictures up to 450 kB in total, and lists how many it leaves out, with the path of the newest.
     """
     parts: list[str] = []
     budget = _Budget(_PICTURE_BYTES)

@@ -26,7 +26,7 @@ _DASH_ARRAYS: Final = {"solid": "none", "dashed": "7 4", "dotted": "2 3", "dotda
 
 
 def curves_section(runs: Sequence[RunRecord]) -> tuple[Section, dict[str, Any]]:
-    """Return the section of curves, and what the script of the page draws them from.
+    """Return the section of curves, and the data that the script of the page draws.
 
     Args:
         runs: The runs.
