@@ -1,11 +1,10 @@
 """What the live display of a terminal costs a run.
 
-Run as `python -m benchmarks.display`. Processes train `configs/digits.yaml` on a pseudo-terminal, in turns: one writes
-lines only, as on the terminal of a CI job; the other also draws the live display. Times are those of the training, its
-evaluations and checkpoints included, without the start of Python. For the CPU time, what the whole process with the
-display takes more than the other of the same round is divided by the time of that training, so that the start of Python
-hides nothing. Our goal is a ratio below 1.01. Notes say how many rounds tell 1 % from nothing, and what drawing the
-display alone takes, which needs no rounds.
+Run as `python -m benchmarks.display`. In each round, two processes train `configs/digits.yaml` on a pseudo-terminal.
+One writes lines only, as on the terminal of a CI job; the other also draws the live display. Seconds are those of
+training with its evaluations and checkpoints, without the start of Python. The ratio of CPU time is 1 plus the
+additional CPU seconds of the process with the display, divided by the training time of the other process. Our goal is
+a ratio below 1.01. Notes say how many rounds are needed to detect 1 %, and what it costs to draw the display alone.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _ROOT = Path(__file__).parents[1]
-_MARGINS = re.compile(rb"\x1b\[1;\d+r")  # that the display sets
+_MARGINS = re.compile(rb"\x1b\[1;\d+r")  # only the display sets them
 _LINES, _DISPLAY = "lines only", "live display"
 _RESOLUTION = 0.01
 _VARIABLES = {
@@ -50,7 +49,7 @@ _VARIABLES = {
 
 
 class Times(NamedTuple):
-    """What one run took, and what it wrote to the terminal."""
+    """Training time and CPU time of one run in seconds, and its output on the terminal."""
 
     train_s: float
     cpu_s: float
@@ -58,10 +57,10 @@ class Times(NamedTuple):
 
 
 def run_on_terminal(name: str, epochs: int) -> Times:
-    """Train in a process of its own, whose standard output is a pseudo-terminal.
+    """Train in another process, whose standard output is a pseudo-terminal.
 
     Raises:
-        click.ClickException: If the run fails, or has a display where it should have none, or the reverse.
+        click.ClickException: If the run fails, draws a display that it should not draw, or draws none.
     """
     with tempfile.TemporaryDirectory() as folder:
         settings = [f"run.output={folder}", f"trainer.max_epochs={epochs}"]
@@ -97,7 +96,7 @@ def _wait_on_terminal(command: list[str], variables: dict[str, str]) -> tuple[in
 
 
 def _read_all(terminal: int, pieces: list[bytes]) -> None:
-    with suppress(OSError):  # Linux reports so that the other end is closed
+    with suppress(OSError):  # on Linux, reading fails if the other end is closed
         while piece := os.read(terminal, 65536):
             pieces.append(piece)
 
@@ -134,7 +133,7 @@ def measure_drawing(count: int = 400) -> float:
 @markdown_option
 def main(rounds: int, epochs: int, *, markdown: bool) -> None:
     """Measure and print the table."""
-    orders = [list(_VARIABLES), list(reversed(_VARIABLES))]  # what runs first has no advantage
+    orders = [list(_VARIABLES), list(reversed(_VARIABLES))]  # so that neither always runs first
     measured = [{name: run_on_terminal(name, epochs) for name in orders[turn % 2]} for turn in range(rounds)]
     rows = [
         (
@@ -162,12 +161,12 @@ def _cpu_ratio(measured: Mapping[str, Times], name: str) -> float:
 
 
 def _describe_resolution(ratios: Sequence[float]) -> str:
-    """Return how many rounds it takes until three standard errors of the mean ratio are below 1 %."""
+    """Return a note: how many rounds are needed so that three standard errors of the mean ratio are below 1 %."""
     deviation = stdev(ratios)
     rounds = max(2, ceil((3 * deviation / _RESOLUTION) ** 2))
     return (
         f"Between rounds, the ratio of CPU time has a standard deviation of {deviation:.3f}: "
-        f"{count_of(rounds, 'round')} tell {_RESOLUTION:.0%} from nothing (three standard errors)."
+        f"it takes {count_of(rounds, 'round')} to detect {_RESOLUTION:.0%} (three standard errors)."
     )
 
 

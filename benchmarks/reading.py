@@ -1,6 +1,6 @@
-"""Reading the metrics of a run back, against parsing each line of the same file with `json.loads`.
+"""Time to read the metrics of a run, relative to parsing each line of its log with `json.loads`.
 
-Run as `python -m benchmarks.reading`. The file has 20 metrics on each line. All rows take turns.
+Run as `python -m benchmarks.reading`. Each line of the log has 20 metrics. The rows run in turns.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ def write_log(path: Path, lines: int) -> None:
 
 
 def time_call(function: Callable[[], object]) -> float:
-    """Return the seconds that a call takes."""
+    """Call a function, and return how many seconds it takes."""
     start_s = time.perf_counter()
     function()
     return time.perf_counter() - start_s
 
 
 def parse_lines(path: Path, loads: Callable[[bytes], object]) -> None:
-    """Parse each line, and keep no result."""
+    """Parse each line, and drop the result."""
     with path.open("rb") as file:
         for line in file:
             loads(line)

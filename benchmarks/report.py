@@ -1,8 +1,8 @@
 """Time and size of the report of a long run.
 
-Run as `python -m benchmarks.report`. A log of metrics is written as the trainer does, and the report of it is one HTML
-file. The first row only reads the log; the second reads it and writes the report; the third is the whole command, a
-process of its own. CPU seconds are those of all threads and processes, which other work on the machine affects less.
+Run as `python -m benchmarks.report`. It writes a log of metrics in the format of the trainer. The first row reads the
+log; the second reads it and writes the report, one HTML file; the third runs the whole command in another process.
+CPU seconds are the sum over all threads and processes; other programs on the machine affect them less.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def write_log(path: Path, updates: int, keys: int) -> None:
 
 
 def read_metrics(path: Path) -> None:
-    """Read every metric of a run.
+    """Read all metrics of a run.
 
     Raises:
-        click.ClickException: If there is none.
+        click.ClickException: If the run has no metrics.
     """
     if not len(read_run(path).metrics):
         raise click.ClickException("the run has no metrics")
@@ -62,14 +62,14 @@ def run_command(run: Path, target: Path) -> None:
 
 
 class Times(NamedTuple):
-    """What a call took: seconds of the clock, and of the CPU in this process and those that it started."""
+    """Wall-clock seconds of a call, and its CPU seconds in this process and in those that it started."""
 
     clock_s: float
     cpu_s: float
 
 
 def measure(work: Callable[[], object]) -> Times:
-    """Return what a call takes."""
+    """Call a function, and return how long it takes."""
     start_s, start_cpu_s = time.perf_counter(), sum(os.times()[:4])
     work()
     return Times(time.perf_counter() - start_s, sum(os.times()[:4]) - start_cpu_s)

@@ -1,4 +1,4 @@
-"""Effects that callbacks request and that no handler carries out: how to find them, and what to write."""
+"""Types of effects that have a handler, and messages about those that callbacks request without one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def find_unhandled(callback: Callback, handles: Callable[[type[Effect]], bool]) 
     """Yield a message for each type of effect that a callback declares and that has no handler.
 
     Args:
-        callback: The callback; of a composed one, every member declares its own.
+        callback: The callback; each member of a composed callback is checked.
         handles: Returns whether a type has a handler, such as `Interpreter.handles`.
 
     Example:
@@ -32,21 +32,24 @@ def find_unhandled(callback: Callback, handles: Callable[[type[Effect]], bool]) 
         ...     effects = (Ring,)
         >>> list(find_unhandled(Bell(), lambda effect_type: effect_type is Ring))
         []
+        >>> (message,) = find_unhandled(Bell(), lambda effect_type: False)
+        >>> message.partition(":")[0]
+        'Bell requests the effect Ring, which has no handler'
     """
     seen: set[type[Effect]] = set()
     inside = (each for part in parts_of(callback) for each in (*leaves_of(part), part))
-    for each in inside:  # the innermost name says most
+    for each in inside:  # the name of the innermost callback is the most precise one
         missing = [kind for kind in declaration_of(each).effects if kind not in seen and not handles(kind)]
         seen.update(missing)
         yield from describe_unhandled(label_of(each), missing)
 
 
 def describe_unhandled(label: str, effect_types: Iterable[type[Effect]]) -> Iterator[str]:
-    """Yield what to write for each type of effect without a handler that a callback requests.
+    """Yield a message for each type of effect that a callback requests and that has no handler: what to write.
 
     Args:
-        label: Name of the callback.
-        effect_types: The types.
+        label: The name of the callback.
+        effect_types: The types of effects without a handler.
     """
     for kind in effect_types:
         module = "my_module" if kind.__module__ in {"__main__", "builtins"} else kind.__module__

@@ -384,7 +384,7 @@ class RunDirectory:
             )
 
     def __enter__(self) -> Self:
-        self.exit.is_awaited = True
+        self.exit.has_with_block = True
         return self
 
     def __exit__(

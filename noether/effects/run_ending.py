@@ -1,4 +1,4 @@
-"""What a run saves where it ends: at its end, at an interruption, or after an exception."""
+"""Saves at the end of a run: when it is complete, when it is interrupted, and after an exception."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 Status = Literal["running", "finished", "stopped", "interrupted", "failed"]
-"""What `summary.json` says of a run; one that says `running`, and that no process has locked, was killed."""
+"""The status of a run in `summary.json`; if it is `running` and no process has locked the run, the run was killed."""
 
 
 def describe_status(status: Status, ending: str | None = None) -> dict[str, str | None]:
@@ -38,19 +38,19 @@ def describe_status(status: Status, ending: str | None = None) -> dict[str, str 
     return {"status": status, "ending": ending}
 
 
-def save_at_end(state: TrainState) -> SaveCheckpoint:
-    """Return the request for a checkpoint of the end of a run, which stays until a later end is saved.
+def request_end_checkpoint(state: TrainState) -> SaveCheckpoint:
+    """Return the request for a checkpoint at the end of a run, which is kept until a later end is saved.
 
     Example:
         >>> from noether import TrainState
-        >>> save_at_end(TrainState().advance(samples=4)).tag
+        >>> request_end_checkpoint(TrainState().advance(samples=4)).tag
         'E0_U1_S4.end'
     """
     return SaveCheckpoint(tag=f"{state.iteration}.end", pointers=("latest",), retention=FrozenDict(end=1))
 
 
 def save_end(directory: RunDirectory, interpret: Interpret, state: TrainState, event: AfterTraining) -> None:
-    """Save the end of a run unless a checkpoint holds it; return when this is on the disk.
+    """Save the state at the end of a run, unless a checkpoint has it; return when it is on the disk.
 
     Args:
         directory: The run on disk.
@@ -59,16 +59,16 @@ def save_end(directory: RunDirectory, interpret: Interpret, state: TrainState, e
         event: The event with which it ended.
 
     Raises:
-        CheckpointError: If this checkpoint, or an earlier one in the background, cannot be written.
+        CheckpointError: If this checkpoint, or an earlier one that is saved in the background, cannot be written.
     """
     directory.wait()
     if not directory.checkpoints.holds(state):
-        interpret((save_at_end(state),), state, event)
+        interpret((request_end_checkpoint(state),), state, event)
         directory.wait()
 
 
 def save_interrupted(directory: RunDirectory, state: TrainState, run: Run, time_s: float) -> None:
-    """Save a run that is interrupted before its end, under the pointer `latest`; return when this is on the disk.
+    """Save a run that is interrupted before its end, under the pointer `latest`; return when it is on the disk.
 
     It does nothing if this process has already saved a checkpoint from which the run resumes at `state`, or later; and
     on ranks other than 0, unless the state has shards, which all ranks save together. The checkpoint stays until the
@@ -87,7 +87,7 @@ def save_interrupted(directory: RunDirectory, state: TrainState, run: Run, time_
     directory.interpreter((save,), state, AfterUpdate(run=run, time_s=time_s))
     directory.wait()
     if not directory.checkpoints.holds(state):
-        raise CheckpointError(f"no checkpoint of {state.iteration} is in {directory.path}")
+        raise CheckpointError(f"{state.iteration} is not saved in {directory.path}: the log says why")
 
 
 def record_failure(
@@ -99,7 +99,7 @@ def record_failure(
     *,
     with_traceback: bool = True,
 ) -> None:
-    """Save the run after an exception, and add notes to the exception that say what is saved where.
+    """Save the run after an exception, and add notes to the exception that name what is saved where.
 
     First it saves the settled state, from which a resumed run repeats the event that raised the exception; but not a
     state with shards, which the other ranks would have to save, too. Then it writes the logs of the callbacks before
@@ -121,7 +121,7 @@ def record_failure(
         logs(tuple(effect for effect in remaining_effects(error) if isinstance(effect, LOG_EFFECTS)), state, event)
         if with_traceback:
             write_traceback(error, directory, state, rank=event.run.rank if event.run.world_size > 1 else None)
-    except Exception as failure:  # noqa: BLE001  # likewise
+    except Exception as failure:  # noqa: BLE001  # the first error is the one to report
         error.add_note(f"its logs and traceback could not be written: {failure}")
     else:
         if with_traceback:
@@ -131,11 +131,11 @@ def record_failure(
 def _save_after_failure(directory: RunDirectory, settled: TrainState | None, state: TrainState, event: Event) -> str:
     """Save the settled state; return what is saved where, or why nothing is."""
     if (settled or state).iteration.update == 0:
-        return "no update was made: a resumed run begins at update 0"
+        return "no update was completed: a resumed run begins at update 0"
     if settled is None:
-        return f"no state at {state.iteration} could be saved from which a run continues exactly"
+        return f"nothing is saved at {state.iteration}, because the run could not continue exactly from there"
     if directory.checkpoints.needs_all_ranks(settled):
-        return "each rank has a part of the state, so one that fails saves nothing: resume the last checkpoint"
+        return "nothing is saved, because each rank has only its shards of the state: resume from the last checkpoint"
     try:
         save_interrupted(directory, settled, event.run, event.time_s)
     except Exception as failure:  # noqa: BLE001  # the first error is the one to report
@@ -152,7 +152,7 @@ def write_traceback(
         error: The exception.
         directory: The run on disk.
         state: The state at which it was raised.
-        rank: The rank that raised it, of several.
+        rank: The rank that raised it; None for a run of one process.
 
     Raises:
         OSError: If it cannot be written.

@@ -1,4 +1,4 @@
-"""What happens where a run is closed: loops record how they ended, and then the panel of the end is written."""
+"""Actions as a run is closed: its loops record how they ended, and then the panel of the end is written."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ if TYPE_CHECKING:
 
     from noether.effects.console.run_panels import RunPanel
 
-    Leave = Callable[[BaseException | None], None]
+    OnExit = Callable[[BaseException | None], None]
 
 
 @final
 class RunExit:
-    """Calls loops as a run is closed, and keeps the panel of its end until then.
+    """Calls methods of loops as a run is closed, and writes the panel of the end after them.
 
-    Inside of a `with` block, only the end of the block tells whether an exception ended the loop, and only there are
-    the bars of other libraries complete.
+    The panel waits for the end of the `with` block of a run, because only there it is known whether an exception ended
+    the loop, and bars of other libraries are complete.
 
     Args:
         write_panel: Writes a panel.
@@ -28,7 +28,7 @@ class RunExit:
         >>> run_exit = RunExit(lambda panel: print(panel.title))
         >>> run_exit.show(lambda: RunPanel(title="now"))
         now
-        >>> run_exit.is_awaited = True
+        >>> run_exit.has_with_block = True
         >>> for title in ("replaced", "at the end"):
         ...     run_exit.show(lambda: RunPanel(title=title), at_exit=True)
         >>> run_exit(None)
@@ -37,12 +37,12 @@ class RunExit:
 
     def __init__(self, write_panel: Callable[[RunPanel], None]) -> None:
         self._write_panel = write_panel
-        self._functions: list[weakref.WeakMethod[Leave]] = []
+        self._functions: list[weakref.WeakMethod[OnExit]] = []
         self._panel: RunPanel | None = None
-        self.is_awaited = False
-        """Whether a `with` block certainly closes the run."""
+        self.has_with_block = False
+        """Whether the run is open in a `with` block, whose end closes it."""
 
-    def add(self, function: Leave) -> None:
+    def add(self, function: OnExit) -> None:
         """Call a method as the run is closed, with the exception that leaves the `with` block, or None.
 
         Args:
@@ -53,18 +53,18 @@ class RunExit:
             self._functions.append(reference)
 
     def show(self, describe: Callable[[], RunPanel], *, at_exit: bool = False) -> None:
-        """Write a panel, after the one that waits.
+        """Write a panel now, or keep it until the run is closed.
 
         Args:
-            describe: Returns the panel; called now.
-            at_exit: Whether the panel replaces the one that waits, and is written as the run is closed; without a
-                `with` block it is written now.
+            describe: Returns the panel; it is called at once.
+            at_exit: Whether the panel is written as the run is closed, in place of one that waits already. Without a
+                `with` block it is written now. A panel that is not `at_exit` comes after one that waits.
         """
         panel = describe()
         if not at_exit:
             self.write()
         self._panel = panel
-        if not (at_exit and self.is_awaited):
+        if not (at_exit and self.has_with_block):
             self.write()
 
     def write(self) -> None:

@@ -1,4 +1,4 @@
-"""Names of the files and folders in the directory of a run, for what writes and what reads them."""
+"""Names of the files and folders in a run directory, shared by the code that writes and the code that reads them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ EVALUATIONS: Final = "eval"
 CHECKPOINTS: Final = "checkpoints"
 MANIFEST: Final = "MANIFEST.json"
 ENDED: Final = ".ended"
-"""File with the text of a pointer: the run ended at this checkpoint, which was saved just before."""
+"""Names, as a pointer does, the checkpoint at which the run ended."""
 NEVER_SAVED: Final = ".never-saved"
-"""The marker of a run that has not saved a checkpoint yet."""
+"""Marks a run that has not saved a checkpoint yet."""

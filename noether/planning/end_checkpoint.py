@@ -13,7 +13,7 @@ from noether.effects.checkpoints.file_names import requested_files
 from noether.effects.checkpoints.retention import is_resumable
 from noether.effects.checkpoints.reuse import contains_models
 from noether.effects.interpreter import unite_saves
-from noether.effects.run_ending import save_at_end
+from noether.effects.run_ending import request_end_checkpoint
 from noether.planning.checkpoint_counts import NEWEST, WHOLE, group_by_slot, requests_at_end, whole_state_requests
 from noether.planning.requests import SaveRequest
 
@@ -38,7 +38,7 @@ def find_end_request(requests: Sequence[SaveRequest], probe: Probe) -> SaveReque
     if _save_end([request for request in requests if request.certain], probe):
         return None
     start = TrainState()
-    save = save_at_end(start)
+    save = request_end_checkpoint(start)
     save = replace(save, tag=(save.tag or "").replace(str(start.iteration), "{}"))
     part = Occasions(None, (AfterTraining,))
     return SaveRequest(

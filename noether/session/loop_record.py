@@ -1,4 +1,4 @@
-"""What a session writes of its run: status, process and phases to the summary, panels to the console."""
+"""The record of a loop: status, process and phases in the summary of the run, and panels on the console."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _Item = TypeVar("_Item")
 
 @final
 class LoopRecord:
-    """Records how a loop trains a run in this process.
+    """Records in the run directory how a loop trains a run in this process.
 
-    Without an open directory, and on ranks other than 0, it does nothing.
+    Without an open directory, and on ranks other than 0, every method is a no-op.
 
     Args:
         directory: The run on disk, if there is one.
@@ -53,13 +53,13 @@ class LoopRecord:
         self._is_running = False
 
     def begin(self, state: TrainState, run: Run, interpret: Interpret, describe: Callable[[], RunPanel]) -> None:
-        """Write that the process trains the run from now on, and show the panel of the start once.
+        """Write the status `running` and the process to the summary, and show the panel of the start once.
 
         Args:
             state: The state in which the process begins.
             run: The run.
             interpret: Runs the effects of events.
-            describe: Returns the panel.
+            describe: Returns the panel of the start.
         """
         directory = self._directory
         if directory is None or not directory.writes:
@@ -73,11 +73,11 @@ class LoopRecord:
             directory.show_panel(describe)
 
     def count_time(self, interpret: Interpret) -> Interpret:
-        """Return what runs the effects of an event: it also counts the time, once the process has begun."""
+        """Return an interpreter that also counts the time; before `begin`, return `interpret` itself."""
         return interpret if self._phases is None else self._phases
 
     def track(self, iterable: Iterable[_Item], description: str, total: int | None = None) -> Iterator[_Item]:
-        """Yield the items of an evaluation, count its time, and show how far it is."""
+        """Yield the items of an evaluation, count its time, and show its progress."""
         if self._directory is None or not self._directory.writes:
             yield from iterable
             return
@@ -85,23 +85,23 @@ class LoopRecord:
         yield from shown if self._phases is None else self._phases.evaluate(shown)
 
     def pause(self, state: TrainState, run: Run) -> None:
-        """Write where the time went, because the loop ends, and another one may train the run further."""
+        """Write the phases at the end of a loop; another loop of this process may continue the run."""
         if self._is_running and self._phases is not None:
             self._write(self._phases.entry(state), state, run)
 
-    def end(  # every fact about an end
+    def end(
         self, status: Status, ending: str, state: TrainState, run: Run, reducer: Reducer, *, is_resumable: bool = True
     ) -> None:
-        """Write how the run ended and where the time went, and show the panel of the end.
+        """Write the status and the phases to the summary, and show the panel of the end.
 
         Args:
-            status: How it ended.
-            ending: Where and why.
-            state: The state there.
+            status: How the run ended.
+            ending: Where and why it ended, as one line.
+            state: The state in which it ended.
             run: The run.
             reducer: The callbacks.
-            is_resumable: Whether the run has a checkpoint. Of a run without one, the summary does not say where it
-                ended, because that would refuse a new run in this directory.
+            is_resumable: Whether the run has a checkpoint. Without one, the summary does not say where the run ended,
+                because with that entry a new run in this directory would be refused.
         """
         directory, phases, begin = self._directory, self._phases, self._begin
         if directory is None or not directory.is_open:

@@ -1,4 +1,4 @@
-"""Where the time of a run went, as text."""
+"""The phases of a run as text: where its time went."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from noether.core.text import format_seconds
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_LEAST_S: Final = 0.005  # what is shown as 0.00 s is left out
+_LEAST_S: Final = 0.005  # a phase that would be shown as 0.00 s is left out
 PHASE_TEXTS: Final = {
     "step_s": "steps",
     "data_s": "waiting for data",
     "evaluation_s": "evaluation",
     "saving_s": "saving",
 }
-"""What is shown for each phase in `summary.json`."""
+"""The name that a person sees for each phase in `summary.json`."""
 OTHER_PHASES: Final = "callbacks and other"
-"""What is shown for the rest of the time."""
+"""The name for the rest of the time."""
 
 
 def describe_phases(phases: Mapping[str, Any]) -> list[str]:
     """Return the phases of a run with their seconds and shares, the longest first.
+
+    Args:
+        phases: Seconds per phase, as `PhaseTimes.read` returns them.
 
     Example:
         >>> times = {"total_s": 10.0, "step_s": 7.0, "data_s": 0.0, "evaluation_s": 2.5, "saving_s": 0.0}

@@ -28,16 +28,16 @@ _DIGITS: Final = 6
 
 @final
 class PhaseTimes:
-    """An interpreter that also sums up where the time goes, and writes it to the summary every ten seconds.
+    """An interpreter that also measures the phases of a process, and writes them to the summary every ten seconds.
 
-    An update without effects costs two additions: it reads no clock. An evaluation lasts from the first batch that a
-    callback requests until the callbacks of that event are done.
+    An update without effects costs a few additions, because it reads no clock. An evaluation lasts from the first
+    batch that a callback requests until the callbacks of that event are done.
 
     Args:
         interpret: Runs the effects.
         directory: The open directory of the run, which counts the time of saves.
-        state: The state in which this process begins.
-        clock: Reads the time, which counts from here.
+        state: The state in which the process begins.
+        clock: Reads the time; the total begins when this object is made.
 
     Example:
         >>> import tempfile
@@ -77,17 +77,17 @@ class PhaseTimes:
             if not 0 <= event.time_s - self._written_s < _INTERVAL_S:  # negative if the clock was set back
                 self._written_s, is_due = event.time_s, True
         self._interpret(effects, state, event)
-        if is_due:  # by the interpreter of the run: that of a Session may be a function of the user's
+        if is_due:  # not by `interpret`, which may be a function of the user that ignores the summary
             self._directory.interpreter([SetSummary(FrozenDict(self.entry(state)))], state, event)
 
     def evaluate(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches of a dataset that a callback iterates, and count the time until its event is complete."""
-        self._note_evaluation()
+        self._begin_evaluation()
         for batch in batches:
-            self._note_evaluation()  # an iterator may be read at several events
+            self._begin_evaluation()  # an iterator may be read at several events
             yield batch
 
-    def _note_evaluation(self) -> None:
+    def _begin_evaluation(self) -> None:
         if self._evaluating_since_s is None:
             self._evaluating_since_s = self._clock.elapsed_s()
 

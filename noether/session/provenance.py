@@ -1,4 +1,4 @@
-"""The entry `processes` of `summary.json`: which processes trained a run, each by the iteration where it began."""
+"""The entry `processes` of `summary.json`: each process that trained the run, by the iteration at which it began."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROCESSES: Final = "processes"
 
 
 def record_process(directory: RunDirectory, state: TrainState, run: Run, disk: Disk = DISK) -> None:
-    """Write to the summary which process trains the run from now on: machine, packages, code, seed, data.
+    """Write to the summary which process trains the run from now on: its machine, packages, code, seed and data.
 
     The trainer and `Session` call it; another loop can call it before its first event. An error is logged, and the run
     continues without the entry. A no-op on ranks other than 0.
@@ -55,7 +55,7 @@ def _record(directory: RunDirectory, state: TrainState, run: Run, disk: Disk) ->
         (param.device for param in state.params.values()), partial(store_content, directory.path, disk=disk)
     )
     lengths: dict[str, int] = {}
-    with suppress(Exception):  # of a user's dataset, or batches whose size is not known
+    with suppress(Exception):  # raised by a user's dataset, or by batches whose size is not known
         lengths = {key.partition("/")[2]: length for key, length in dataset_lengths(run).items()}
     facts |= {"seed": state.seed, "samples": lengths}
     entry = set_process_entry(read_summary(directory.path / SUMMARY_FILE, disk), PROCESSES, state.iteration, facts)

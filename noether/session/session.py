@@ -55,7 +55,7 @@ class Session(SessionUpdates):
     A run that is cut at any update and resumed equals the uncut run bit for bit, if the loader yields the same epochs
     again under the same seeds. Generators that the loader, its samplers, datasets and transforms hold are seeded before
     each epoch. A `ResumeWarning` names at the start what cannot be seeded, and at the first batch of the second epoch
-    other state of theirs that the first one changed. The loop saves state that the session does not know.
+    other state of theirs that the first one changed. State that only the loop knows, the loop has to save itself.
 
     If the loop ends before the run does (`break`, an exception, Ctrl-C, `sys.exit`), the session saves a state from which
     the run continues exactly: the one before the current update until the optimizer steps, the one after it once
@@ -69,12 +69,12 @@ class Session(SessionUpdates):
     On several ranks of a process group of `torch.distributed`, the model is in `DistributedDataParallel`, which averages
     the gradients. Events carry the losses of all ranks, the sum of their samples and the times of rank 0, so callbacks
     decide alike everywhere. Rank 0 logs and saves, and calls `interpreter=`; every rank evaluates its share of each
-    `DataLoader` of `data`, whole also where a library has split it. Of buffers that differ, as those of batch norm do, the
-    ones of rank 0 count. An exchange is left out at updates that no callback reads, if batches have equal sizes. A run
+    `DataLoader` of `data`, whole also where a library has split it. If buffers differ between
+    ranks, as those of batch norm do, those of rank 0 are used. An exchange is left out at updates that no callback reads, if batches have equal sizes. A run
     may resume on another number of ranks: at the end of an epoch, and within one if `DistributedSampler` splits it.
 
-    With a directory, a panel says what is trained as the run begins, and another one how it went: as the run ends, or at
-    the end of the `with` block of the directory. `open_run(path, console=...)` sends them elsewhere.
+    With a directory, the session prints a panel as the run begins, and another one as it ends, or at the end of the
+    `with` block of the directory. `open_run(path, console=...)` sends both to another console.
 
     A framework's loop calls `begin`, `batch_arrived`, `micro_batch`, `update`, `end_epoch` and `end` itself.
 
@@ -214,11 +214,11 @@ class Session(SessionUpdates):
         Args:
             loader: Yields the batches of an epoch each time it is iterated. `set_epoch(epoch)` is called on it and on
                 its samplers where it exists.
-            continue_stopped: Whether a saved run continues that a callback stopped; otherwise it has ended.
+            continue_stopped: Whether to continue a saved run that a callback stopped; otherwise no batch is yielded.
 
         Raises:
-            ProcessesError: If this is one of several processes without a group, or the ranks do not begin the same run.
-            SessionError: If batches are iterated a second time, the loader is empty, or the saved run does not fit it.
+            ProcessesError: If several processes have no process group, or the ranks begin different runs.
+            SessionError: If `batches` is called a second time, the loader is empty, or the saved run does not fit it.
             CheckpointError: If the directory holds checkpoints, and none of them can be resumed.
         """
         if self._loop is not None:
@@ -250,5 +250,5 @@ class Session(SessionUpdates):
     @property
     def _running_loop(self) -> BatchLoop:
         if self._loop is None:
-            raise SessionError("this is known inside of `for batch in session.batches(loader):` only")
+            raise SessionError("there is no current batch: read this inside of `for batch in session.batches(loader):`")
         return self._loop

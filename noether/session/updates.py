@@ -1,4 +1,4 @@
-"""How a loop reports its micro-batches and updates to a session."""
+"""Reports of a loop about its micro-batches and updates, which become events."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ class SessionUpdates(SessionEvents):
         Args:
             losses: Mean loss, or losses by name; `total` is added as their sum. They are detached. A `Mean` gives a
                 loss its weight in the mean over micro-batches and updates. Empty if the framework left the micro-batch
-                out. An update of such micro-batches only counts as skipped, and so does one whose micro-batches have no
-                samples; the losses of these are ignored.
+                out. Losses of a micro-batch without samples are ignored. An update counts as skipped if none of its
+                micro-batches has both samples and losses.
             outputs: What the model returned, for callbacks that track it.
             samples: Its samples, >= 0; by default those of the batch that `batches` yielded.
             of: Micro-batches of this update; by default as `accumulation` says.
 
         Raises:
-            SessionError: If there is no batch, or it was reported.
+            SessionError: If there is no batch, or the loop has already reported it.
             SettingsError: If `samples` is not a whole number >= 0.
         """
         if samples is not None:
@@ -72,7 +72,7 @@ class SessionUpdates(SessionEvents):
         self.has_equal_batches = self.has_equal_batches and (samples is None or self._loop is None)
         if samples is None:
             if self._loop is None:
-                raise SessionError("outside of session.batches(loader) a batch is not known: pass samples=")
+                raise SessionError("outside of session.batches(loader), the batch is not known: pass samples=")
             samples = self.run.count_samples(batch)
         if of is None:
             of = 1 if self._loop is None else self._loop.accumulation_steps
@@ -89,12 +89,12 @@ class SessionUpdates(SessionEvents):
             self._dispatch_micro_batch(micro_batch, of)
 
     def measure_gradients(self, optimizer: Optimizer | None = None, *, scale: float | None = None) -> None:
-        """Take `grad_norm` and `gradients` of the update now, where a callback reads them: before the loop clips.
+        """Measure `grad_norm` and `gradients` of the update now, if a callback reads them: call it before clipping.
 
-        Without this call, which goes between `backward` and clipping, they are those with which the optimizer steps.
+        Without this call, `grad_norm` and `gradients` are those with which the optimizer steps, after clipping.
 
         Args:
-            optimizer: The optimizer whose gradients are complete; by default all of the session.
+            optimizer: The optimizer whose gradients are complete; by default all optimizers of the session.
             scale: What a gradient scaler multiplied the gradients by, if they are not unscaled yet.
 
         Raises:
@@ -166,15 +166,15 @@ class SessionUpdates(SessionEvents):
         """Report an update, after `optimizer.step()` and `scheduler.step()`; apply what callbacks change.
 
         Args:
-            losses: As for `micro_batch`, which is called with them; left out if the micro-batches were reported.
-            outputs: Likewise.
-            samples: Likewise.
-            skipped: Whether the optimizer left the update out, as under a `GradScaler`; by default whether it made no
-                step, and the scaler lowered its scale or the gradients are not finite.
+            losses: As for `micro_batch`, which is called with them; None if the loop has reported the micro-batches.
+            outputs: As for `micro_batch`.
+            samples: As for `micro_batch`.
+            skipped: Whether the optimizer left the update out, as under a `GradScaler`. By default, an update counts as
+                skipped if the optimizer made no step, and the scaler lowered its scale or gradients are not finite.
             mean: Losses of the update, in place of the sample-weighted mean over its micro-batches.
-            grad_norm: 2-norm of the gradients, such as `clip_grad_norm_` returns; by default that of the gradients as
-                the optimizer steps, or at `measure_gradients`, if a callback reads it.
-            finite: Whether losses and gradients are finite; by default checked if a callback reads it.
+            grad_norm: 2-norm of the gradients, such as `clip_grad_norm_` returns; by default, if a callback
+                reads it, that of the gradients at `measure_gradients`, or else as the optimizer steps.
+            finite: Whether losses and gradients are finite; by default, the session checks it if a callback reads it.
             forward_s: Seconds in forward passes, if the loop measured them.
             backward_s: Seconds in backward passes, likewise.
             optimizer_s: Seconds in the optimizer, likewise.
@@ -191,28 +191,9 @@ class SessionUpdates(SessionEvents):
         self._check_update()
         counted, self._micro_batches = [each for each in self._micro_batches if each.samples], []
         reported = mean_losses(counted) if mean is None or not counted else named_losses(mean)
-        if skipped is None:
-            lowered = self._scaler is not None and self._scaler.has_lowered(self._state)
-            skipped = is_skipped(self._optimizer, self.steps, reported, lowered=lowered)
-        skipped = skipped or not reported
-        rates = {} if self._optimizer is None else self._optimizer.readings
-        if finite is None and "finite" in self.readings:
-            finite = not skipped and is_finite(reported["total"]) & rates.get("finite", True)
-        known: dict[str, Any] = {
-            **rates,
-            "losses": reported,
-            "outputs": tuple([each.outputs for each in counted]),
-            "accumulated": tuple([each.samples for each in counted]),
-            "finite": finite,
-            "skipped": skipped,
-            **times,
-            **self.stopwatch.read(),
-        }
-        if weights := loss_weights(reported):
-            known["loss_weights"] = weights
-        if grad_norm is not None or skipped:
+        known = self._read_update(counted, reported, skipped=skipped, finite=finite) | times
+        if grad_norm is not None or known["skipped"]:
             known["grad_norm"] = grad_norm
-        known["samples"] = sum([each.samples for each in counted])
         if self.ranks.are_several:
             known |= self._reduce_update(counted, known, None if mean is None else reported)
         if known["skipped"]:
@@ -226,10 +207,35 @@ class SessionUpdates(SessionEvents):
             self._optimizer.end_update()
         self._warn_of_changes()
 
+    def _read_update(
+        self, counted: list[MicroBatch], reported: Losses, *, skipped: bool | None, finite: Tensor | bool | None
+    ) -> dict[str, Any]:
+        """Return the readings of this rank that the loop does not have to report."""
+        if skipped is None:
+            lowered = self._scaler is not None and self._scaler.has_lowered(self._state)
+            skipped = is_skipped(self._optimizer, self.steps, reported, lowered=lowered)
+        skipped = skipped or not reported
+        measured = {} if self._optimizer is None else self._optimizer.readings
+        if finite is None and "finite" in self.readings:
+            finite = not skipped and is_finite(reported["total"]) & measured.get("finite", True)
+        known: dict[str, Any] = {
+            **measured,
+            "losses": reported,
+            "outputs": tuple([each.outputs for each in counted]),
+            "accumulated": tuple([each.samples for each in counted]),
+            "samples": sum([each.samples for each in counted]),
+            "finite": finite,
+            "skipped": skipped,
+            **self.stopwatch.read(),
+        }
+        if weights := loss_weights(reported):
+            known["loss_weights"] = weights
+        return known
+
     def _reduce_update(
         self, counted: list[MicroBatch], known: Mapping[str, Any], mean: Losses | None
     ) -> dict[str, Any]:
-        """Return the readings of an update over all ranks; without an exchange where no callback reads them."""
+        """Return the readings of an update over all ranks; if no callback reads them, skip the exchange."""
         is_first, self._has_compared_params = not self._has_compared_params, True
         total = known["samples"] * self.ranks.world_size
         if not is_first and self.has_equal_batches and not self._is_read(total):
@@ -245,7 +251,7 @@ class SessionUpdates(SessionEvents):
         return self._reads_all_events or any(id(member) not in own for member in called)
 
     def _warn_of_changes(self) -> None:
-        """Name what updates change of the model that no checkpoint has."""
+        """Warn of state of the model that an update changed and that no checkpoint has."""
         epoch = self._state.iteration.epoch
         for changes in (self._model_watch.describe_changes(), self._mode_watch.describe_changes(epoch)):
             if changes is not None:

@@ -269,7 +269,7 @@ def test_nonfinite_raise_ends_the_run_with_a_message(folder):
             "(and 5 more); nothing was applied. Lower the learning rate, clip gradients, or skip such updates with "
             "trainer.nonfinite: skip, in update 1"
         ),
-        "no update was made: a resumed run begins at update 0",
+        "no update was completed: a resumed run begins at update 0",
         f"the traceback is in {run.relative_to(folder) / 'traceback.txt'}",
         f"resume with: noether train --resume {run.relative_to(folder)}",
     ]

@@ -1,4 +1,4 @@
-"""What is on the disk, and what an exception says, after it ended a run."""
+"""What is saved after an exception ends a run, and what the notes on the exception say."""
 
 import json
 
@@ -57,8 +57,8 @@ def test_an_update_that_was_not_completed_has_no_state_to_save(tmp_path):
             record_failure(error, directory, None, (state, AfterEpoch()), directory.interpreter)
         assert directory.load() is None
     assert error.__notes__[::2] == [
-        "no update was made: a resumed run begins at update 0",
-        "no state at E0_U1_S4 could be saved from which a run continues exactly",
+        "no update was completed: a resumed run begins at update 0",
+        "nothing is saved at E0_U1_S4, because the run could not continue exactly from there",
     ]
 
 
@@ -73,7 +73,7 @@ def test_an_earlier_error_of_a_background_save_does_not_prevent_the_save(tmp_pat
 
 
 @pytest.mark.parametrize("on_error", ["stop", "warn"])
-def test_a_failure_to_save_is_a_note_and_hides_nothing(tmp_path, on_error):
+def test_a_failed_save_is_a_note_on_the_exception(tmp_path, on_error):
     with open_run(tmp_path, on_error=on_error) as directory:
         (tmp_path / "checkpoints").write_text("in the way")
         error = failed_epoch(directory, TrainState().advance(samples=4))

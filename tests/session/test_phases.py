@@ -1,4 +1,4 @@
-"""Where the time of a process goes: the sums of its events, in the summary of the run."""
+"""The phases of a process: sums over its events, which the summary of the run has."""
 
 import json
 
@@ -45,7 +45,7 @@ def at(update):
 
 @given(data=st.data(), updates=st.lists(st.tuples(SECONDS, SECONDS, st.lists(SECONDS, max_size=3)), max_size=8))
 def test_the_phases_are_the_sums_over_the_events(tmp_path_factory, data, updates):
-    """Each update has seconds of data and of the step, and the seconds that each batch of its evaluation takes."""
+    """Each update is the seconds of its data and of its step, and the seconds of each batch of its evaluation."""
     time = Time()
     with open_run(tmp_path_factory.mktemp("run")) as directory:
         phases = PhaseTimes(lambda *_: None, directory, TrainState(), Clock(elapsed_s=time))
@@ -71,7 +71,7 @@ def test_an_update_without_effects_reads_no_clock(phases, time):
     assert time.readings == before
 
 
-def test_an_evaluation_that_is_cut_short_counts_until_now(phases, time):
+def test_an_unfinished_evaluation_counts_until_the_event_ends(phases, time):
     batches = phases.evaluate([1, 2, 3])
     next(batches)
     time.now_s = 5.0
@@ -84,7 +84,7 @@ def test_an_evaluation_that_is_cut_short_counts_until_now(phases, time):
     assert phases.read(at(1))["evaluation_s"] == 6.0
 
 
-def test_the_summary_has_the_times_of_a_run_that_is_killed(phases, tmp_path):
+def test_the_summary_of_a_killed_run_has_its_phases(phases, tmp_path):
     summary = tmp_path / "run/summary.json"
     for update, time_s in enumerate([1000.0, 1009.0, 1010.0, 1019.0], start=1):
         phases((), at(update), AfterUpdate(samples=4, data_s=1.0, step_s=2.0, time_s=time_s))

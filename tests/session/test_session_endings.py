@@ -1,4 +1,4 @@
-"""Every way in which the loop of a session can end: what is saved then, and that the resumed run is exact."""
+"""Every way in which the loop of a session can end: what is saved, and that the resumed run equals the uncut one."""
 
 import json
 from contextlib import suppress
@@ -36,7 +36,7 @@ class Ring(noether.Effect):
 
 
 class Process:
-    """What the data sets of one process reach; not an attribute of theirs, which a session would find to change."""
+    """Counts of one process, not of its datasets: a session warns of attributes of a dataset that change."""
 
     fault = None
     reads = 0
@@ -44,8 +44,8 @@ class Process:
     accumulation = 1
 
 
-class Reads(Points):
-    """Points that reach a place of the fault; the update is counted by the batches."""
+class TrainPoints(Points):
+    """Training data that reaches the place `data` of the fault; the samples that were read give the update."""
 
     def __getitem__(self, index):
         epoch, read = divmod(Process.reads, len(self))
@@ -54,8 +54,8 @@ class Reads(Points):
         return super().__getitem__(index)
 
 
-class Evaluated(Points):
-    """Points that reach a place of the fault: one evaluation for each update."""
+class EvaluationPoints(Points):
+    """Evaluation data that reaches the place `evaluation` of the fault; each update has one evaluation."""
 
     def __getitem__(self, index):
         Process.evaluated += 1
@@ -64,7 +64,7 @@ class Evaluated(Points):
 
 
 def callbacks(fault):
-    """Return callbacks that remember, log and evaluate, and between them some that reach a place of the fault."""
+    """Return callbacks that remember, log and evaluate, with callbacks between them that reach places of the fault."""
 
     def reach(place, event_type):
         return noether.on(event_type)(lambda state, event: (fault(place, at(state, event)), (state, ()))[1])
@@ -102,12 +102,12 @@ def callbacks(fault):
 def make_loop(path, fault, scheduler, accumulation):
     loop = Loop(path, callbacks(fault), scheduler, accumulation)
     loop.settings = {"max_epochs": 2 * accumulation}
-    loop.val = DataLoader(Evaluated(10, 2), batch_size=4)
+    loop.val = DataLoader(EvaluationPoints(10, 2), batch_size=4)
     loop.reach = fault
 
     def start():
         Process.fault, Process.accumulation, Process.reads, Process.evaluated = fault, accumulation, 0, 0
-        return DataLoader(Reads(22, 1), batch_size=4, shuffle=True)
+        return DataLoader(TrainPoints(22, 1), batch_size=4, shuffle=True)
 
     loop.loader = start
     loop.handlers = (Ring, lambda effect, state, event: fault("handler", effect.update))
@@ -122,7 +122,7 @@ def expected_checkpoint(place, update, accumulation):
     if place in {"epoch", "end of training"}:
         return update, update // per_epoch - (place == "epoch"), False
     begins_epoch = (update - 1) % per_epoch == 0
-    if place == "data" and accumulation > 1 and not begins_epoch:  # it is read ahead of the batch before it
+    if place == "data" and accumulation > 1 and not begins_epoch:  # read before the loop trains on the previous batch
         return update - 2, (update - 2) // per_epoch, False
     return update - 1, (update - 1) // per_epoch, False
 
@@ -150,7 +150,7 @@ def test_the_last_settled_state_is_saved_and_the_resumed_run_equals_the_uncut_on
 ):
     path = tmp_path_factory.mktemp("runs")
     if place == "data":
-        update = max(update, 3)  # reading ahead, it would fail before the first update
+        update = max(update, 3)  # earlier, prefetching would fail before the first update
     if place == "epoch":
         update = 6 // accumulation
     if place == "end of training":
@@ -177,7 +177,7 @@ def test_the_last_settled_state_is_saved_and_the_resumed_run_equals_the_uncut_on
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_an_update_that_the_optimizer_made_and_the_loop_did_not_report_is_lost(tmp_path, caplog, error):
+def test_a_step_of_the_optimizer_that_the_loop_did_not_report_is_lost(tmp_path, caplog, error):
     cut, whole = (make_loop(tmp_path / name, Fault("stepped", 3, error), "one-cycle", 1) for name in ("cut", "whole"))
     whole.reach.update = None
     with pytest.raises(error):
@@ -208,7 +208,7 @@ def test_an_end_that_a_callback_saved_is_not_saved_again(tmp_path):
     assert not list((loop.path / "checkpoints").glob("*.end"))
 
 
-def test_a_stopped_run_continues_where_the_loop_says_so(tmp_path, caplog):
+def test_a_stopped_run_continues_if_the_loop_asks_for_it(tmp_path, caplog):
     stop = noether.FixedUpdateEarlyStopping(stop_at_update=7)
     cut, whole = Loop(tmp_path / "cut", [stop]), Loop(tmp_path / "whole", [])
     cut.train()

@@ -1,4 +1,4 @@
-"""What a Session says of its run at the start and at the end, and what it records there."""
+"""The panels of a Session at the start and at the end of its run, and the entries that it writes to the summary."""
 
 import gc
 import json
@@ -80,7 +80,7 @@ def panels(capsys):
     return read
 
 
-def test_the_start_says_what_is_trained_until_where_and_what_callbacks_do(tmp_path, panels):
+def test_the_start_panel_has_model_data_device_optimizer_end_and_callbacks(tmp_path, panels):
     val = [torch.ones(5, 2)]
     with open_run(tmp_path / "run") as directory:
         train(directory, data={"val": val})
@@ -96,7 +96,7 @@ def test_the_start_says_what_is_trained_until_where_and_what_callbacks_do(tmp_pa
     }
 
 
-def test_the_end_has_best_values_times_and_commands_for_a_loop(tmp_path, panels):
+def test_the_end_panel_has_best_values_times_and_commands(tmp_path, panels):
     best = BestCheckpointCallback(every_n_epochs=1, metric_key="loss/online/total/E1")
     with open_run(tmp_path / "run") as directory:
         train(directory, [LOSSES, best])
@@ -124,7 +124,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize(("reach", "status", "ending"), ENDS.values(), ids=ENDS)
-def test_a_run_says_how_its_loop_ended(tmp_path, panels, reach, status, ending):
+def test_summary_and_panel_name_how_the_loop_ended(tmp_path, panels, reach, status, ending):
     error = None
     try:
         with open_run(tmp_path / "run") as directory:
@@ -146,8 +146,8 @@ def test_a_run_says_how_its_loop_ended(tmp_path, panels, reach, status, ending):
             assert end["saved"] == "nothing: no update was completed"
 
 
-def test_a_loop_whose_iterator_is_kept_is_saved_where_its_error_leaves_the_run(tmp_path):
-    """As `bar = tqdm(session.batches(loader))` keeps it: Python closes it only after the run."""
+def test_an_error_leaving_the_run_is_recorded_although_the_iterator_is_still_open(tmp_path):
+    """`bar = tqdm(session.batches(loader))` holds the iterator, so Python closes it only after the run."""
     kept = []
     with suppress(ValueError), open_run(tmp_path / "run") as directory:
         session, *_ = make_session(directory)
@@ -219,7 +219,7 @@ def test_an_error_in_a_panel_does_not_end_the_run(tmp_path, panels, monkeypatch,
     assert "panel failed and may have lost log entries; training continues: ValueError: no panel" in caplog.text
 
 
-def test_an_open_run_does_not_keep_a_session(tmp_path):
+def test_an_open_run_does_not_keep_its_session_alive(tmp_path):
     with open_run(tmp_path / "run") as directory:
         session, *_ = make_session(directory)
         session.begin()

@@ -1,4 +1,4 @@
-"""Gradients as tensors: dense, and copied from memory that an optimizer or a loop writes again."""
+"""Values and copies of gradients, whose memory an optimizer or a loop overwrites."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def dense_values(grad: Tensor) -> Tensor:
-    """Return the values that a gradient stores; torch has no norms of sparse tensors."""
+    """Return the stored values of a gradient as a dense tensor, because torch has no norms of sparse ones."""
     return grad.coalesce().values() if grad.is_sparse else grad
 
 
@@ -22,7 +22,7 @@ def copy_gradients(grads: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     write to them; nothing writes to the copies.
 
     Args:
-        grads: Gradients by name of parameter.
+        grads: Gradients by name of parameter; shapes, dtypes and devices stay those of the gradients.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""What a run says of itself at its start and at its end, as plain panels; `effects/console` draws them.
+"""The panels at the start and at the end of a run, as plain dataclasses that `effects/console` draws.
 
-The code may touch states, callbacks and the summary, to read.
+A line here may touch states, callbacks and the summary, to read.
 """

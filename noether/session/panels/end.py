@@ -1,4 +1,4 @@
-"""What the panel at the end of a run says: best and last metrics, time per phase, checkpoints, and next commands."""
+"""The panel at the end of a run: best and last metrics, time per phase, checkpoints, and commands to run next."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class RunEnd:
     Args:
         directory: The run directory.
         status: How the run ended.
-        ending: Where and why.
-        begin: Where the process began.
-        state: Where it ended.
+        ending: Where and why it ended, as one line.
+        begin: The iteration at which the process began.
+        state: The state in which it ended.
         reducer: The callbacks.
-        phases: Its seconds per phase, as `PhaseTimes.read` returns them.
+        phases: Seconds of this process per phase, as `PhaseTimes.read` returns them.
     """
 
     directory: Path
@@ -69,7 +69,7 @@ def describe_end(
     """Return the panel at the end of a process that trained a run.
 
     Args:
-        end: How it ended.
+        end: How the process ended.
         summary: The entries of the summary.
         pointers: The tag that each pointer to a checkpoint names.
         commands: What to run next, by what it does.
@@ -94,11 +94,11 @@ def describe_end(
 
 
 def describe_saved(pointers: Mapping[str, str], at: TrainingIteration) -> str:
-    """Return the checkpoint from which an interrupted run continues."""
+    """Return text that names the checkpoint from which an interrupted run resumes, or says why there is none."""
     tag = pointers.get("latest")
     if tag is not None:
         return f"checkpoint {tag}, which the pointer latest names"
-    return "nothing: no update was completed" if at.update == 0 else "nothing from which the run could continue"
+    return "nothing: no update was completed" if at.update == 0 else "nothing from which the run could resume"
 
 
 def _describe_speed(phases: Mapping[str, Any], samples: int) -> str:
@@ -110,7 +110,7 @@ def _describe_speed(phases: Mapping[str, Any], samples: int) -> str:
 
 
 def describe_pointers(pointers: Mapping[str, str]) -> list[str]:
-    """Return the checkpoints that pointers name, each with its pointers.
+    """Return a line for each checkpoint that a pointer names, with its pointers.
 
     Example:
         >>> describe_pointers({"latest": "E2_U8_S32", "last": "E2_U8_S32", "best_model.val.loss": "E1_U4_S16"})
@@ -125,7 +125,7 @@ def describe_pointers(pointers: Mapping[str, str]) -> list[str]:
 def tabulate_best(
     state: TrainState, reducer: Reducer, summary: Mapping[str, Any], pointers: Mapping[str, str]
 ) -> Table | None:
-    """Return a table of the metrics that callbacks watch: the last and the best value, and its checkpoint.
+    """Return a table of the metrics that callbacks watch: last and best value, and the checkpoint of the best.
 
     Args:
         state: The state, with the last value of each metric.
@@ -143,7 +143,14 @@ def tabulate_best(
 def describe_last_values(state: TrainState, reducer: Reducer) -> list[str]:
     """Return the last value of each metric that no callback watches, losses first.
 
-    Those of the optimizer, of times and of differences are left out, and those that the console does not show.
+    Metrics about training itself (`SIDE_METRICS`) and those that the console does not show are left out.
+
+    Args:
+        state: The state, with the last value of each metric.
+        reducer: The callbacks.
+
+    Returns:
+        At most twelve lines, and one that counts the other metrics.
     """
     leaves = leaves_of(reducer)
     watched = {each.metric_key for each in leaves if isinstance(each, MetricWatcher)}
@@ -170,7 +177,7 @@ def _find_best(
     summary: Mapping[str, Any],
     pointers: Mapping[str, str],
 ) -> tuple[str, str, str]:
-    """Return the best value of a metric, where it was measured, and the pointer to a checkpoint of it."""
+    """Return the best value of a metric, its iteration, and the pointer to its checkpoint, each as text."""
     pointer = best_pointer(key)
     best, at = summary.get(f"{key}/best"), summary.get(f"{key}/best_at")
     tag = pointers.get(pointer, "")

@@ -32,8 +32,8 @@ def describe_start(path: Path, live: LiveState, state: TrainState, run: Run, mem
         path: The run directory.
         live: The model and the optimizer.
         state: The state in which the process begins.
-        run: The run.
-        members: The callbacks, and what a session remembers beside them.
+        run: What is fixed for the run.
+        members: The callbacks, and the members that a session adds to them, which the panel leaves out.
     """
     updates = [start.describe_updates(run)] if "effective_batch_size" in vars(run) else []
     callbacks = [each for each in members if not type(each).__module__.startswith(_OWN_MEMORIES)]

@@ -1,4 +1,4 @@
-"""What the panel at the start of a run says: what is trained, on what, until where, and what the callbacks do when."""
+"""The panel at the start of a run: model, data, device, optimizer, the end of the run, and when callbacks act."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def describe_start(title: str, facts: Mapping[str, Sequence[str]]) -> RunPanel:
 
 
 def describe_model(kind: str, state: TrainState, run: Run) -> str:
-    """Return the kind of a model and its numbers of parameters."""
+    """Return the kind of a model, and how many of its parameters are trained and frozen."""
     counts = param_counts(state.params, run.frozen)
     trainable, frozen = counts["params/trainable"], counts["params/frozen"]
     return f"{kind}, {count_of(trainable, 'parameter', form=',')}" + (f", and {frozen:,} frozen" if frozen else "")
 
 
 def describe_data(run: Run) -> list[str]:
-    """Return each dataset with its number of samples; a training loader with those of an epoch.
+    """Return each dataset with its number of samples; of the training data, the samples of an epoch.
 
     Example:
         >>> from noether import Run
@@ -49,7 +49,7 @@ def describe_data(run: Run) -> list[str]:
         ['train 1,205 samples', 'val 296 samples']
     """
     lengths: dict[str, int] = {}
-    with suppress(Exception):  # of a user's dataset, or batches whose size is not known
+    with suppress(Exception):  # raised by a user's dataset, or by batches whose size is not known
         lengths = {name.removeprefix("samples/"): length for name, length in dataset_lengths(run).items()}
     if "samples_per_epoch" in vars(run):
         lengths = {"train": run.samples_per_epoch, **lengths}
@@ -57,24 +57,24 @@ def describe_data(run: Run) -> list[str]:
 
 
 def describe_device(state: TrainState, world_size: int, how: str = "") -> str:
-    """Return the device of a state, and on how many ranks it is.
+    """Return the device of a state, and the number of ranks if there are several.
 
     Args:
         state: The state.
         world_size: The number of ranks.
-        how: How they divide the work.
+        how: Text after the number of ranks that says how they divide the work, such as ` (shard)`.
     """
     on = f" on each of {world_size} ranks{how}" if world_size > 1 else ""
     return f"{device_of(state.params.values())}{on}"
 
 
 def describe_updates(run: Run) -> str:
-    """Return how many samples an update has."""
+    """Return the effective batch size as text, such as `updates of 32 samples`."""
     return f"updates of {count_of(run.effective_batch_size, 'sample', form=',')}"
 
 
 def describe_end(run: Run) -> str:
-    """Return the end of a run in epochs, updates and samples, as far as the lengths of its epochs are known.
+    """Return the end of a run in epochs, updates and samples, or in those of the three that are known.
 
     Example:
         >>> from noether import Run, TrainingIteration
@@ -90,7 +90,7 @@ def describe_end(run: Run) -> str:
 
 
 def describe_position(iteration: TrainingIteration, run: Run) -> str:
-    """Return an iteration, and which part of the run is done there."""
+    """Return an iteration, and the completed share of the run in percent if its end is known."""
     final = known_end(run)
     share = f", {100 * iteration.update / final.update:.0f} % of the run" if final is not None and final.update else ""
     return f"{iteration}{share}"
@@ -101,7 +101,7 @@ def describe_callbacks(members: Iterable[Callback], where: str = "") -> list[str
 
     Args:
         members: The callbacks.
-        where: What shows those that are left out if there are many.
+        where: Text after the number of callbacks that are left out, such as `, which noether plan shows`.
 
     Example:
         >>> from noether import CheckpointCallback, OnlineLossCallback
@@ -117,9 +117,9 @@ def limit_lines(lines: Sequence[str], limit: int, what: str, where: str = "") ->
 
     Args:
         lines: The lines.
-        limit: How many are shown.
-        what: A noun for one of the others.
-        where: What shows them.
+        limit: The number of lines that are returned whole.
+        what: A noun for one of the other lines, such as `more warning`.
+        where: Text after their number that says where to see them.
     """
     more = len(lines) - limit
     return list(lines) if more <= 0 else [*lines[:limit], f"and {count_of(more, what)}{where}"]

@@ -29,13 +29,13 @@ def describe_end(
     """Return the panel at the end of a process that trained a run.
 
     Args:
-        run: The run.
-        experiment: The same run, as it was built.
-        begin: Where this process began.
-        phases: Its seconds per phase, as `PhaseTimes.read` returns them.
+        run: The run as it ended.
+        experiment: The experiment that was built for it.
+        begin: The iteration at which this process began.
+        phases: Seconds of this process per phase, as `PhaseTimes.read` returns them.
         summary: The entries of the summary.
         pointers: The tag that each pointer to a checkpoint names.
-        allow: Prefixes of modules that `kind` may name, for the commands.
+        allow: Prefixes of modules that the configuration may import; the commands allow them again.
     """
     ended = end.RunEnd(
         directory=run.directory,
@@ -54,5 +54,5 @@ def describe_end(
         at=run.state.iteration,
         allow=allow,
     )
-    shown = [each for each in commands.items() if each[0] != "resume"]  # which is printed below the panel
+    shown = [each for each in commands.items() if each[0] != "resume"]  # `noether train` prints it below the panel
     return end.describe_end(ended, summary, pointers, shown)

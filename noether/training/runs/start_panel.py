@@ -34,13 +34,13 @@ def no_warnings(experiment: Experiment) -> Sequence[str]:  # noqa: ARG001  # as 
 
 @contextmanager
 def show_building(console: Console | None, path: Path) -> Iterator[None]:
-    """Show the progress of datasets inside the block; if that takes long, say of which run they are.
+    """Show progress while the block builds datasets and model; after two seconds, print which run is being built.
 
-    The panel follows once datasets and model are built.
+    The panel at the start is printed after the block, because it needs both.
 
     Args:
-        console: Where it is shown; None for nowhere.
-        path: The run directory; that of a new run is made after the block, because it may be refused.
+        console: Where to show it; None to show nothing.
+        path: The run directory. It need not exist yet: a new one is made after the block, which may refuse the run.
     """
     if console is None:
         yield
@@ -53,7 +53,7 @@ def show_building(console: Console | None, path: Path) -> Iterator[None]:
             yield
     finally:
         timer.cancel()
-        timer.join()  # the line stands above the panel
+        timer.join()  # so that its line comes before the panel
 
 
 def _announce_building(console: Console, path: Path) -> None:
@@ -70,7 +70,7 @@ def describe_start(
         experiment: The run.
         path: The run directory.
         state: The state in which the process begins.
-        find_warnings: Returns what may be wrong with the plan of the run.
+        find_warnings: Returns warnings about the plan of the run.
     """
     config, run = experiment.config, experiment.run
     hours = config.trainer.max_hours
