@@ -208,3 +208,9 @@ def test_a_stream_without_unicode(tmp_path, charset, form):
         assert json.loads(text) == [{"x": "\u4e00\U0001f600"}]
     else:
         assert text.splitlines() == ["x", r"\u4e00\U0001f600"]
+
+
+def test_a_run_in_several_folders_is_counted_once(tmp_path):
+    record_of(tmp_path / "runs/mine/1", [])
+    _, output, _ = run_query(tmp_path / "runs", tmp_path / "runs/mine", "select run from runs", "--csv")
+    assert output.splitlines() == ["run", "mine/1"]

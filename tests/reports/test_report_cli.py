@@ -67,6 +67,16 @@ def test_a_run_without_a_configuration_is_named_once(tmp_path):
     assert "<title>run</title>" in (run / "report.html").read_text()
 
 
+def test_a_log_that_cannot_be_read_is_not_taken_for_a_report_that_cannot_be_written(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "summary.json").write_text("{}")
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    result = run_report(run)
+    assert str(run / "metrics.jsonl") in result.stderr
+    assert "could not be written" not in result.stderr
+
+
 def test_a_pipe_is_not_a_report(tmp_path):
     run, target = make_run(tmp_path / "run"), tmp_path / "pipe.html"
     os.mkfifo(target)

@@ -1,5 +1,6 @@
 """`read_run`: every kind of run directory, also while it is written, moved, copied or damaged."""
 
+import errno
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -210,9 +212,44 @@ def test_runs_of_a_folder(tmp_path, caplog):
     (damaged / "config.yaml").write_text("a: [")
     ids = [run.path.relative_to(tmp_path / "runs").as_posix() for run in noether.read_runs(tmp_path / "runs")]
     assert ids == ["a/10", "a/2", "b/1", "c/copied"]
-    assert "left out a damaged run: " in caplog.text
+    assert "left out a run: " in caplog.text
     assert f"{damaged / 'config.yaml'}: is damaged: " in caplog.text
     assert [run.run_id for run in noether.read_runs(copy)] == ["copied"]
+
+
+def test_runs_that_cannot_be_read_are_left_out_and_not_called_damaged(tmp_path, caplog, monkeypatch):
+    write_run(tmp_path / "runs/mine")
+    refused = write_run(tmp_path / "runs/of_another_user")
+    no_log, no_summary = write_run(tmp_path / "runs/no_log"), write_run(tmp_path / "runs/no_summary", summary={"a": 1})
+    for file in (no_log / "metrics.jsonl", no_summary / "summary.json"):
+        file.unlink()
+        file.mkdir()
+    (no_log / "summary.json").write_text("{}")
+    is_file = Path.is_file
+
+    def refuse(path):
+        if path.parent == refused:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    assert [run.run_id for run in noether.read_runs(tmp_path / "runs")] == ["mine"]
+    assert f"left out {refused}: it cannot be read: Permission denied" in caplog.text
+    assert f"{no_summary / 'summary.json'}: cannot be read: Is a directory" in caplog.text
+    assert str(no_log / "metrics.jsonl") in caplog.text
+    assert "damaged" not in caplog.text
+
+
+def test_a_run_that_links_lead_to_is_there_once(tmp_path):
+    runs = tmp_path / "runs"
+    write_run(runs / "mine/1")
+    (runs / "mine/0_latest").symlink_to("1")
+    (runs / "again").symlink_to("mine")
+    (runs / "loop").symlink_to(runs)
+    (runs / "z").symlink_to(write_run(tmp_path / "elsewhere"))
+    (tmp_path / "link").symlink_to(runs)
+    for folder in (runs, tmp_path / "link"):
+        assert [run.path for run in noether.read_runs(folder)] == [folder / "mine/1", folder / "z"]
 
 
 def test_paths_without_a_run_say_what_to_give(tmp_path):

@@ -55,8 +55,15 @@ def query(folders: Sequence[Path], statement: str, form: str) -> None:
 
 
 def name_runs(folders: Sequence[Path]) -> dict[str, RunRecord]:
-    """Return the runs in folders by name: the path below the folder, or the whole path if several runs share a name."""
-    found = [(folder, run) for folder in folders for run in read_runs(folder)]
+    """Return the runs in folders by name: the path below the folder, or the whole path if several runs share a name.
+
+    A run that is in several of the folders has the name of the first one.
+    """
+    places: dict[Path, tuple[Path, RunRecord]] = {}
+    for folder in folders:
+        for run in read_runs(folder):
+            places.setdefault(run.path.resolve(), (folder, run))
+    found = list(places.values())
     below = [Path(os.path.relpath(run.path, folder)).as_posix() for folder, run in found]
     names = [run.run_id if name == "." else name for name, (_, run) in zip(below, found, strict=True)]
     return {name if names.count(name) == 1 else str(run.path): run for name, (_, run) in zip(names, found, strict=True)}

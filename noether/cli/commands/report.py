@@ -11,10 +11,10 @@ from noether.cli.output import echo
 from noether.config.errors import error_at
 from noether.core.errors import NoetherError
 from noether.core.text import count_of
-from noether.effects.disk.files import os_error_text
+from noether.effects.disk.files import os_error_text, replace_text
 from noether.reports.html.page import GENERATOR
 from noether.reports.html.picture import draw_picture
-from noether.reports.html.report import write_report
+from noether.reports.html.report import render_report
 from noether.reports.reading.run_record import read_run
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def report(run_dirs: Sequence[Path], target: Path | None, png: Path | None) -> N
         ConfigError: If a path is not the directory of a run, or `target` exists and is not a report.
         UsageError: If `png` cannot be the path of a picture, or matplotlib is not installed.
         NoetherError: If bokeh is not installed.
-        OSError: If a file cannot be written.
+        OSError: If a file of a run cannot be read, or a file cannot be written.
     """
     runs = [read_run(path) for path in dict.fromkeys(run_dirs)]
     if find_spec("bokeh") is None:
@@ -45,14 +45,15 @@ def report(run_dirs: Sequence[Path], target: Path | None, png: Path | None) -> N
         target = runs[0].path / _NAME if len(runs) == 1 else Path(_NAME)
     _check_target(target)
     check_picture(png)
+    page, drawn = render_report(runs), None if png is None else draw_picture(runs)
     lines = []
+    place = target
     try:
-        place = target
-        write_report(runs, target)
+        replace_text(target, page)
         lines.append(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
-        if png is not None:
+        if png is not None and drawn is not None:
             place = png
-            picture, left_out = draw_picture(runs)
+            picture, left_out = drawn
             png.write_bytes(picture)
             rest = f": leaves out {count_of(left_out, 'metric')}, for which it has no space" if left_out else ""
             lines.append(f"{png}{rest}")

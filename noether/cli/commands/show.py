@@ -21,7 +21,7 @@ from noether.effects.disk.json_numbers import to_plain
 from noether.reports.differences import find_run_differences, merge_missing_callbacks
 from noether.reports.html.labels import run_labels
 from noether.reports.reading.metrics_tail import MetricsTail
-from noether.reports.reading.run_folders import find_runs
+from noether.reports.reading.run_folders import is_run
 from noether.reports.reading.run_record import read_run, read_runs
 from noether.reports.run_panel import describe_run, to_values
 from noether.reports.run_table import FACTS, choose_metrics, make_rows, sort_rows, tabulate_runs
@@ -114,7 +114,7 @@ def show_runs(
     Raises:
         ConfigError: If there is no run at a path, or no run has a metric that is shown or sorted by.
     """
-    runs = list({run.path: run for path in paths for run in read_runs(path)}.values())
+    runs = list({run.path.resolve(): run for path in paths for run in read_runs(path)}.values())
     if only_differences:
         _show_differences(runs, as_json=as_json)
         return
@@ -151,9 +151,5 @@ def _show_differences(runs: Sequence[RunRecord], *, as_json: bool) -> None:
 
 
 def is_single_run(paths: Sequence[Path]) -> bool:
-    """Return whether one path is given, and it is the directory of a run.
-
-    Raises:
-        ConfigError: If there is no run at it.
-    """
-    return len(paths) == 1 and find_runs(paths[0]) == [paths[0]]
+    """Return whether one path is given, and it is the directory of a run."""
+    return len(paths) == 1 and is_run(paths[0])

@@ -67,7 +67,8 @@ def read_run(path: str | Path) -> RunRecord:
 def read_runs(folder: str | Path) -> list[RunRecord]:
     """Return the runs in a folder, at most two folders down, as in `RUNS/NAME/RUN_ID`, in the order of their paths.
 
-    A run whose `config.yaml` or `summary.json` is damaged is left out, and a warning is logged.
+    A run whose `config.yaml` or `summary.json` is damaged is left out, and so is one whose directory or log this user
+    may not read; a warning is logged for each. A run that links lead to as well, such as `latest`, is there once.
 
     Args:
         folder: The folder, or the directory of one run.
@@ -88,8 +89,10 @@ def read_runs(folder: str | Path) -> list[RunRecord]:
         run = RunRecord(path)
         try:
             run.config, run.summary  # noqa: B018  # read now, and kept
-        except ConfigError as error:
-            _LOGGER.warning("left out a damaged run: %s", error)
+            if (path / METRICS_FILE).exists():
+                (path / METRICS_FILE).open("rb").close()
+        except (ConfigError, OSError) as error:
+            _LOGGER.warning("left out a run: %s", error)
         else:
             runs.append(run)
     return runs
@@ -163,7 +166,7 @@ class RunRecord:
         """The resolved configuration, as plain values; empty for the run of a `Session`, which has none.
 
         Raises:
-            ConfigError: If the file is damaged.
+            ConfigError: If the file cannot be read or is damaged.
         """
         return read_config(self.path / CONFIG_FILE)
 
@@ -172,7 +175,7 @@ class RunRecord:
         """The entries of `summary.json`; empty if the run has not written it yet.
 
         Raises:
-            ConfigError: If the file is damaged.
+            ConfigError: If the file cannot be read or is damaged.
         """
         return read_entries(self.path / SUMMARY_FILE)
 

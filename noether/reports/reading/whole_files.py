@@ -10,6 +10,7 @@ import yaml
 
 from noether.config.errors import ConfigError, error_at
 from noether.core.metric_keys import MODES
+from noether.effects.disk.files import os_error_text
 from noether.effects.disk.json_numbers import NUMBERS
 
 if TYPE_CHECKING:
@@ -25,13 +26,15 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return the settings in a resolved configuration; an empty mapping if the file does not exist.
 
     Raises:
-        ConfigError: If the file is damaged.
+        ConfigError: If the file cannot be read or is damaged.
     """
     if not path.is_file():
         return {}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise error_at(str(path), f"cannot be read: {os_error_text(error)}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise _damage_error(path, error) from error
     if not isinstance(content, dict):
         raise _damage_error(path, "it has no settings")
@@ -61,13 +64,15 @@ def read_entries(path: Path) -> dict[str, Any]:
     """Return the entries of a summary; an empty mapping if the file does not exist.
 
     Raises:
-        ConfigError: If the file is damaged.
+        ConfigError: If the file cannot be read or is damaged.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise error_at(str(path), f"cannot be read: {os_error_text(error)}") from error
+    except (ValueError, RecursionError) as error:
         raise _damage_error(path, error) from error
     if not isinstance(content, dict):
         raise _damage_error(path, "it has no entries")
