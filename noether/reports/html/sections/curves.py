@@ -81,7 +81,8 @@ def _controls() -> str:
         '<label><input type="checkbox" id="log" autocomplete="off"> logarithmic y axis</label>'
         '<label>smoothing <input type="range" id="smoothing" min="0" max="0.99" step="0.01" value="0" '
         'autocomplete="off"> <output id="smoothing-value" for="smoothing">0</output></label></form>'
-        '<p class="note">A diamond is a checkpoint that still exists, a triangle an infinite value; NaN is a gap. '
+        '<p class="note">A dot is a value, at a firing of the callback that logged it; very long curves have none. '
+        "A diamond is a checkpoint that still exists, a triangle an infinite value; NaN is a gap. "
         "Logarithmic axes leave out zero and negative values. Of a long curve, averages over parts of it are smoothed."
         "</p>"
     )
