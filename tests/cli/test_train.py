@@ -308,19 +308,14 @@ def test_the_installed_script_finds_modules_in_the_working_directory(folder):
     assert (folder / "rings.txt").read_text().splitlines()[2:] == ["AtEval 2: ding "]
 
 
-def test_an_effect_without_a_handler_is_named(folder):
-    output = invoke("train", "paper.yaml", "--set", "run.handlers={}", cwd=folder, code=1)
-    handled = (
-        "LogText, LogFigure, LogImages, LogHistogram, LogTable, LogFile, LogScalars, SetSummary, SaveTensors, "
-        "ShowProgress, SaveCheckpoint, MeasurePeakMemory"
-    )
+def test_an_effect_without_a_handler_is_refused_before_training(folder):
+    output = invoke("train", "paper.yaml", "--set", "run.handlers={}", cwd=folder, code=2)
     (error,) = (line for line in output.splitlines() if line.startswith("Error: "))
     assert error.startswith(
-        "Error: no handler for the effect Ring; add one with interpreter.with_handlers(Ring, handler), "
-        "or by run.handlers in YAML. "
-        f"Handled: {handled}"
+        "Error: paper.yaml:18: callbacks[2]: Bell/E1 requests the effect Ring, which has no handler: write a function "
+        "handle_ring(effect, state, event), and name it in YAML, run.handlers: {paper.Ring: paper.handle_ring}"
     )
-    assert output.splitlines()[-1].startswith("resume with: noether train --resume ")
+    assert not (folder / "out").exists()
 
 
 def test_the_digits_are_learned(tmp_path):
