@@ -192,7 +192,7 @@ def _describe_time(run: RunRecord, status: str) -> list[str]:
     if (seconds := duration_s(run, status)) is not None:
         texts.append(f"trained for {format_seconds(seconds)}")
     if (memory := max((each.get("peak_bytes") or 0 for each in run.phases.values()), default=0)) > 0:
-        texts.append(f"{format_bytes(memory)} of memory at most")
+        texts.append(f"peak memory {format_bytes(memory)}")
     return texts
 
 

@@ -40,7 +40,7 @@ def sgd(model, **settings):
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["at-the-step", "before-clipping"])
-def test_they_are_copies_of_the_gradients_at_the_step_or_where_the_loop_measures_them(early):
+def test_an_update_has_copies_of_the_gradients_of_the_step_or_as_the_loop_measured_them(early):
     heard, expected = [], []
     model, optimizer, session = make(lambda model: sgd(model, momentum=0.9, nesterov=True), heard)
     for batch in session.batches(BATCHES):
@@ -57,11 +57,11 @@ def test_they_are_copies_of_the_gradients_at_the_step_or_where_the_loop_measures
         session.update(loss)
     for (event, copies), grads in zip(heard, expected, strict=True):
         assert same(copies, grads)
-        assert same(dict(event.gradients), copies)  # still, after later updates
+        assert same(dict(event.gradients), copies)  # later updates did not change them
         torch.testing.assert_close(event.grad_norm, nn.utils.get_total_norm(list(grads.values())))
 
 
-def test_each_optimizer_that_stepped_gives_those_of_its_parameters():
+def test_an_update_has_the_gradients_of_each_optimizer_that_stepped():
     heard, steps = [], [("0",), ("0", "1"), ("1",)]
     model, optimizers, session = make(
         lambda model: {str(index): torch.optim.SGD(model[index].parameters(), lr=0.1) for index in range(2)}, heard
@@ -79,7 +79,7 @@ def test_each_optimizer_that_stepped_gives_those_of_its_parameters():
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_they_are_unscaled_and_missing_where_a_scaler_leaves_the_step_out(fused, early):
+def test_gradients_are_unscaled_and_a_step_that_a_scaler_leaves_out_has_none(fused, early):
     heard, expected = [], []
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     model, optimizer, session = make(
@@ -102,7 +102,7 @@ def test_they_are_unscaled_and_missing_where_a_scaler_leaves_the_step_out(fused,
             torch.testing.assert_close(copies, grads)
 
 
-def test_they_are_not_copied_where_no_callback_reads_them():
+def test_gradients_that_no_callback_reads_are_not_copied():
     model = nn.Linear(2, 1)
     seen = []
     note = noether.on(AfterUpdate)(lambda state, event: (seen.append(event.gradients), (state, ()))[1])

@@ -1,4 +1,4 @@
-"""What `summary.json` says of a run while it trains, and at each kind of end."""
+"""The status of a run in `summary.json`, while it trains and after each kind of end."""
 
 import json
 from contextlib import suppress
@@ -67,7 +67,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize(("kind", "end"), ENDS.items(), ids=map(str, ENDS))
-def test_the_summary_says_how_a_run_ends(module, kind, end):
+def test_the_summary_has_status_and_reason_of_each_end(module, kind, end):
     with suppress(ValueError, KeyboardInterrupt):
         train(make_config(*([] if kind is None else [{"kind": kind}])))
     assert (summary()["status"], summary()["ending"]) == end
@@ -77,7 +77,7 @@ def test_the_summary_says_how_a_run_ends(module, kind, end):
     assert sum(times[name] for name in ("data_s", "step_s", "evaluation_s", "saving_s")) <= times["total_s"]
 
 
-def test_a_run_is_running_until_it_ends_also_when_it_is_resumed(module):
+def test_the_status_is_running_until_a_run_or_its_resume_ends(module):
     run = train(make_config({"kind": "tiny.look"}))
     import tiny
 
@@ -89,7 +89,7 @@ def test_a_run_is_running_until_it_ends_also_when_it_is_resumed(module):
     assert list(summary()["phases"]) == ["E0_U0_S0", "E4_U8_S32"]
 
 
-def test_a_finished_run_stays_finished_when_nothing_is_left(module):
+def test_resuming_a_finished_run_keeps_its_status(module):
     run = train(make_config())
     before = summary()
     train(resume=run.directory)

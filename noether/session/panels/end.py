@@ -106,7 +106,7 @@ def _describe_speed(phases: Mapping[str, Any], samples: int) -> str:
     counts = [count_of(updates, "update", form=","), count_of(samples, "sample", form=",")]
     text = f"{', '.join(counts)} in {format_seconds(total_s)}"
     rates = f" ({updates / total_s:,.1f} updates/s, {samples / total_s:,.0f} samples/s)" if updates and total_s else ""
-    return f"{text}{rates}, {format_bytes(phases['peak_bytes'])} of memory at most"
+    return f"{text}{rates}, peak memory {format_bytes(phases['peak_bytes'])}"
 
 
 def describe_pointers(pointers: Mapping[str, str]) -> list[str]:

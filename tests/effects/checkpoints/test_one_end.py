@@ -1,4 +1,4 @@
-"""No two checkpoints of one iteration hold the same, whatever combination of callbacks saves."""
+"""Two checkpoints of one iteration never have the same content, whatever combination of callbacks saves."""
 
 import collections
 import tempfile
@@ -68,7 +68,7 @@ BEST = st.builds(
     st.lists(CHECKPOINTS, max_size=3), st.lists(BEST, max_size=1), st.lists(AVERAGES, max_size=1),
     st.integers(1, 3), st.integers(1, 3),
 )  # fmt: skip
-def test_no_two_checkpoints_of_one_iteration_hold_the_same(savers, best, averages, epochs, updates_per_epoch):
+def test_checkpoints_of_one_iteration_differ_in_content(savers, best, averages, epochs, updates_per_epoch):
     callbacks = [CheckpointCallback(id=f"saver{index}", **each) for index, each in enumerate(savers)]
     callbacks += [measure, *(BestCheckpointCallback(metric_key="val/accuracy", **each) for each in best)]
     callbacks += [EMACallback(target_factors=(0.5,), **each) for each in averages]
@@ -111,7 +111,7 @@ def test_the_best_checkpoint_is_the_newest_one_too(tmp_path):
     ]
 
 
-def test_what_the_end_adds_to_a_checkpoint_is_named_so(tmp_path):
+def test_a_checkpoint_that_the_end_adds_is_named_end(tmp_path):
     weights = {"save_latest_optim": False, "every_n_epochs": 1}
     whole = CheckpointCallback(id="whole", every_n_updates=3, save_optim=True)
     manifests = train(tmp_path, [CheckpointCallback(id="weights", **weights), whole], 2, 1)

@@ -1,4 +1,4 @@
-"""Whether a console is an interactive terminal, and the progress of a run as one line for the others."""
+"""Whether a console is an interactive terminal, and the progress of a run as one line for any other console."""
 
 from __future__ import annotations
 
