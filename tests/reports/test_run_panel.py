@@ -77,7 +77,7 @@ def test_seconds_of_all_processes_are_added(tmp_path):
     entries = dict.fromkeys(("E0_U0_S0", "E1_U2_S6"), times)
     run = write_run(tmp_path / "a", [], {"phases": entries, "processes": dict.fromkeys(entries, process)})
     text = text_of(run)
-    assert "trained for 0:01:00; 1 kB of memory" in text
+    assert "trained for 0:01:00; peak memory 1 kB" in text
     assert "steps 30.0 s (50 %)" in text
     assert "h, cpu, commit cccccccccc with changes, from E1_U2_S6" in text
 

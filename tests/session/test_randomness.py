@@ -1,4 +1,4 @@
-"""Seeds as a function of what they are for."""
+"""Seeds are a function of the run's seed and of their use, and each use has its own."""
 
 import random
 
@@ -11,26 +11,26 @@ from hypothesis import strategies as st
 from noether.session.randomness import derive, seed_all, seed_torch
 
 SEEDS = st.integers(-(2**63), 2**63 - 1)
-WANTED = st.tuples(SEEDS, st.sampled_from(["update", "order", "sample", "params"]), st.lists(st.integers(0, 2**40)))
+USES = st.tuples(SEEDS, st.sampled_from(["update", "order", "sample", "params"]), st.lists(st.integers(0, 2**40)))
 
 
-@given(WANTED)
-def test_seed_is_a_function_with_values_that_torch_takes(wanted):
-    seed, purpose, counts = wanted
+@given(USES)
+def test_seed_is_a_function_with_values_that_torch_takes(use):
+    seed, purpose, counts = use
     assert derive(seed, purpose, *counts) == derive(seed, purpose, *counts)
     assert 0 <= derive(seed, purpose, *counts) < 2**63
 
 
-@given(WANTED, WANTED)
-def test_different_wants_have_different_seeds(one, other):
+@given(USES, USES)
+def test_different_uses_have_different_seeds(one, other):
     (seed, purpose, counts), (seed_2, purpose_2, counts_2) = one, other
     assert (derive(seed, purpose, *counts) == derive(seed_2, purpose_2, *counts_2)) == (one == other)
 
 
 @given(SEEDS, st.integers(1, 1000))
 def test_neighbours_have_different_seeds(seed, count):
-    wants = [("update", count), ("update", count, 0), ("update", count + 1), ("order", count), ("update", 0, count)]
-    assert len({derive(seed, *want) for want in wants}) == len(wants)
+    uses = [("update", count), ("update", count, 0), ("update", count + 1), ("order", count), ("update", 0, count)]
+    assert len({derive(seed, *use) for use in uses}) == len(uses)
 
 
 def test_seeds_stay_what_they_are():

@@ -1,4 +1,4 @@
-"""What callbacks decide in a plain loop happens in it."""
+"""A Session applies the decisions of callbacks to a plain loop: learning rates, stops, rollbacks, skipped steps."""
 
 import math
 
@@ -57,7 +57,7 @@ def train(session, model, optimizer, step=None, loss=lambda outputs: outputs.squ
     lambda sgd: torch.optim.lr_scheduler.LambdaLR(sgd, lambda update: 0.9**update),
     lambda sgd: torch.optim.lr_scheduler.StepLR(sgd, step_size=2, gamma=0.1),
 ])  # fmt: skip
-def test_a_scale_multiplies_what_any_scheduler_says(make):
+def test_lr_scale_multiplies_the_rate_of_any_scheduler(make):
     model, optimizer, settings = parts()
     scheduler = make and make(optimizer)
     rates, seen, heard = [], [], []
@@ -117,7 +117,7 @@ class Poison:
 
 
 @pytest.mark.parametrize("where", ["loss", "gradients"])
-def test_a_guard_sees_what_is_not_finite_and_rolls_back(where):
+def test_a_guard_rolls_back_values_that_are_not_finite(where):
     model, optimizer, settings = parts(lr=0.1)
     weights = []
     guard = noether.NanGuardCallback(every_n_updates=1, tolerance=1, action="rollback")
@@ -163,7 +163,7 @@ def test_readings_are_measured_only_where_declared():
         assert [(event.grad_norm and bool(event.grad_norm > 0), event.finite) for event in heard] == [expected] * 3
 
 
-def test_a_norm_that_the_loop_measured_stands():
+def test_the_norm_that_the_loop_reports_is_used():
     model, optimizer, settings = parts()
     heard = []
     session = Session([noether.GradNormCallback(every_n_updates=1), hear(heard)], max_epochs=1, **settings)

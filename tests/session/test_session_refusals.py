@@ -1,4 +1,4 @@
-"""A session says what to write where it cannot work."""
+"""Errors of a Session name the mistake and say what to write instead."""
 
 import logging
 
@@ -102,7 +102,7 @@ EVALUATE = noether.OfflineLossCallback(every_n_epochs=1, dataset_key="val")
     ({"scheduler": other_scheduler()}, "the scheduler changes another optimizer"),
     ({"callbacks": [noether.GradNormCallback(every_n_updates=1)], "optimizer": None}, "reads grad_norm, .* optimizer="),
 ])  # fmt: skip
-def test_what_cannot_work_is_refused_at_construction(settings, message):
+def test_parts_that_cannot_work_together_are_refused_at_construction(settings, message):
     with pytest.raises((SessionError, noether.NoetherError), match=message):
         make(**settings)
 
@@ -195,7 +195,7 @@ def test_a_mistake_in_the_loop_says_what_to_write(loop, message):
         ({"optimizer_s": "1 s"}, r"AfterUpdate\.optimizer_s: '1 s' is not"),
     ],
 )
-def test_a_reading_that_means_nothing_is_refused_by_its_name(readings, message):
+def test_an_invalid_reading_is_refused_with_its_name(readings, message):
     session, model, optimizer = make()
     for batch in session.batches(BATCHES):
         loss = model(batch).square().mean()
@@ -227,7 +227,7 @@ def get_nothing(state, event):
     ("OnlineLossCallback", "callbacks= takes one callback or a list of them, .* not 'OnlineLossCallback'"),
     ([[get_nothing]], "callbacks= takes one callback or a list of them"),
 ])  # fmt: skip
-def test_what_is_no_callback_is_refused_by_the_name_of_the_argument(callbacks, message):
+def test_an_object_that_is_no_callback_is_refused_with_the_name_of_the_argument(callbacks, message):
     with pytest.raises(SessionError, match=message):
         Session(callbacks, interpreter=ignore, model=MODEL)
 
