@@ -176,8 +176,8 @@ class SessionUpdates(SessionEvents):
                 reads it, that of the gradients at `measure_gradients`, or else as the optimizer steps.
             finite: Whether losses and gradients are finite; by default, the session checks it if a callback reads it.
             forward_s: Seconds in forward passes, if the loop measured them.
-            backward_s: Seconds in backward passes, likewise.
-            optimizer_s: Seconds in the optimizer, likewise.
+            backward_s: Seconds in backward passes, if the loop measured them.
+            optimizer_s: Seconds in the optimizer, if the loop measured them.
 
         Raises:
             SessionError: If there is no micro-batch, the optimizer made no step, or training is over.

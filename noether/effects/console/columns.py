@@ -70,8 +70,8 @@ def repeats_single_loss(key: str, metrics: Mapping[str, Any]) -> bool:
     if "total" not in parts:
         return False
     place = parts.index("total")
-    others = [name.split("/") for name in metrics if name != key]
-    losses = [each for each in others if each[:place] == parts[:place] and each[place + 1 :] == parts[place + 1 :]]
+    other_keys = [name.split("/") for name in metrics if name != key]
+    losses = [each for each in other_keys if each[:place] == parts[:place] and each[place + 1 :] == parts[place + 1 :]]
     return len(losses) == 1 and format_value(metrics["/".join(losses[0])]) == format_value(metrics[key])
 
 

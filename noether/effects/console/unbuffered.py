@@ -26,7 +26,7 @@ def write_unbuffered(file: IO[str], text: str) -> None:
         file.write(text)
         file.flush()
         return
-    file.flush()  # what others wrote before
+    file.flush()  # output of other code, which comes first
     rest = memoryview(text.encode(file.encoding, "backslashreplace"))
     while rest:
         if (size := raw.write(rest)) is None:  # a pipe that does not block
