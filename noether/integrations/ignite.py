@@ -155,7 +155,7 @@ def attach(  # noqa: PLR0913  # every part of a run, by name
     engine.add_event_handler(Events.GET_BATCH_COMPLETED, handlers.take_batch)
     engine.add_event_handler(Events.ITERATION_COMPLETED, handlers.iterate)
     engine.add_event_handler(Events.EPOCH_COMPLETED, handlers.end_epoch)
-    engine.add_event_handler(Events.COMPLETED, session.end)
+    engine.add_event_handler(Events.COMPLETED, handlers.end)
     return session
 
 
@@ -214,6 +214,9 @@ class _Handlers:
     def end_epoch(self, engine: Engine) -> None:
         self._session.end_epoch()
         self._apply_stop(engine)
+
+    def end(self, engine: Engine) -> None:
+        self._session.end(stopped="engine.terminate() was called" if engine.should_terminate else None)
 
     def _apply_stop(self, engine: Engine) -> None:
         if self._session.stop is not None:

@@ -215,7 +215,7 @@ class NoetherCallback(LightningCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Dispatch `AfterTraining`."""
-        self._running.end()
+        self._running.end(stopped=_describe_stop(trainer))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what the exception would lose, if an epoch has just ended, and release the optimizer."""
@@ -246,6 +246,15 @@ class NoetherCallback(LightningCallback):
     def _apply_stop(self, trainer: Trainer) -> None:
         if self._running.stop is not None:
             trainer.should_stop = True
+
+
+def _describe_stop(trainer: Trainer) -> str | None:
+    """Return what stopped the fit, as far as Lightning tells; None if it was not stopped."""
+    if not trainer.should_stop:
+        return None
+    messages = [getattr(each, "stopping_reason_message", None) for each in trainer.early_stopping_callbacks]
+    said = " ".join(message.replace("\n", " ") for message in messages if message)
+    return f"EarlyStopping of Lightning: {said}" if said else "Lightning stopped it, because trainer.should_stop is set"
 
 
 def _by_index(parts: list[Any]) -> Any:

@@ -262,8 +262,11 @@ class SessionEvents(SessionState):
             reason = f"epoch {self._state.iteration.epoch} has {updates} updates, not updates_per_epoch={expected}"
             self._forget_lengths(Contradiction(reason))
 
-    def end(self) -> None:
+    def end(self, *, stopped: str | None = None) -> None:
         """Dispatch `AfterTraining`, once; return when every checkpoint is written. The optimizer is watched no longer.
+
+        Args:
+            stopped: What stopped the loop, if a framework did before the end of the run, as a sentence.
 
         Raises:
             CheckpointError: If the last checkpoint failed.
@@ -281,13 +284,9 @@ class SessionEvents(SessionState):
                 # Where a framework has the loop, it saves what it wants.
                 event = AfterTraining(run=self.run, time_s=self._clock.wall_s())
                 save_end(self._directory, self._directory.interpreter, final, event)
-            reason = "" if self.stop is None else f": {self.stop}"
-            self._record_end(
-                "finished" if self.stop is None else "stopped",
-                f"ended at {self._state.iteration}{reason}",
-                final,
-                is_resumable=self.resumes_within_epochs,
-            )
+            reason = self.stop or (None if self.is_over else stopped)
+            ending = f"ended at {self._state.iteration}{'' if reason is None else f': {reason}'}"
+            self._record_end("finished" if reason is None else "stopped", ending, final)
         self._exchange.wait("the end of the run, which is saved")
         self.close()
 
@@ -372,3 +371,4 @@ class SessionEvents(SessionState):
             raise
         self._state, self._current_dispatch = self._live.view(after), None
         self._model_status = model_status if event_type is AfterAccumulationStep else "settled"
+        self.stopwatch.wait_begins()  # the time of the callbacks was no wait for data

@@ -89,10 +89,11 @@ class LoopRecord:
         if self._is_running and self._phases is not None:
             self._write(self._phases.entry(state), state, run)
 
-    def end(
-        self, status: Status, ending: str, state: TrainState, run: Run, reducer: Reducer, *, is_resumable: bool = True
-    ) -> None:
+    def end(self, status: Status, ending: str, state: TrainState, run: Run, reducer: Reducer) -> None:
         """Write the status and the phases to the summary, and show the panel of the end.
+
+        Of a run that ended without a checkpoint, the summary does not say where: that would refuse a new run in this
+        directory.
 
         Args:
             status: How the run ended.
@@ -100,14 +101,13 @@ class LoopRecord:
             state: The state in which it ended.
             run: The run.
             reducer: The callbacks.
-            is_resumable: Whether the run has a checkpoint. Without one, the summary does not say where the run ended,
-                because with that entry a new run in this directory would be refused.
         """
         directory, phases, begin = self._directory, self._phases, self._begin
         if directory is None or not directory.is_open:
             return
         times = {} if phases is None else phases.entry(state)
-        self._write({**times, **describe_status(status, ending if is_resumable else None)}, state, run)
+        is_noted = status not in {"finished", "stopped"} or bool(directory.checkpoints.pointers())
+        self._write({**times, **describe_status(status, ending if is_noted else None)}, state, run)
         self._is_running = False
         if phases is None or begin is None:
             return

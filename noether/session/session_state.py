@@ -234,9 +234,18 @@ class SessionState:
         finally:
             self.close()
 
-    def _record_end(self, status: Status, ending: str, at: TrainState, *, is_resumable: bool = True) -> None:
+    def record_stop(self, reason: str) -> None:
+        """Record that a framework stopped its loop before the end of the run, which another loop may train further.
+
+        Args:
+            reason: What stopped the loop, as a sentence.
+        """
+        self._has_left = True
+        self._record_end("stopped", f"ended at {self._state.iteration}: {reason}", self._state)
+
+    def _record_end(self, status: Status, ending: str, at: TrainState) -> None:
         """Write to `summary.json` and to the console how the run ended; a no-op without an open directory."""
-        self._record.end(status, ending, at, self.run, self._reducer, is_resumable=is_resumable)
+        self._record.end(status, ending, at, self.run, self._reducer)
 
     def leave_directory(self, error: BaseException | None) -> None:
         """Record how the loop ended, as its directory is closed.
@@ -249,7 +258,7 @@ class SessionState:
             return
         if isinstance(error, Exception):
             self.record_failure(error)
-        elif error is not None:
+        elif error is not None or self.seeds_loop:  # of a loop over `batches`, the iterator may be suspended
             self.leave()
         elif not self._has_left:  # the loop has not, or is that of a framework, which may train on in another process
             self._record_end("interrupted", f"interrupted at {self._state.iteration}", self._state)

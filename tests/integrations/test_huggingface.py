@@ -1,5 +1,7 @@
 """The same callbacks in the Trainer of transformers: the same effects and weights, and every resume is exact."""
 
+import json
+
 import pytest
 import torch
 from accelerate import debug_launcher
@@ -21,7 +23,7 @@ from reference import (
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-from noether import AfterAccumulationStep, AfterUpdate, LogScalars, compose
+from noether import AfterAccumulationStep, AfterUpdate, LogScalars, compose, open_run
 from noether.core.callbacks import (
     CheckpointCallback,
     FixedUpdateEarlyStopping,
@@ -174,6 +176,15 @@ def test_early_stopping_stops_the_trainer_and_it_stays_stopped(tmp_path):
     again, _, trainer = train_hf(tmp_path, reducer=reducer, resume=True)
     assert [line[0] for line in again.lines] == ["BeforeTraining", "AfterTraining"]
     assert_same(weights(trainer.model), weights(state))
+
+
+def test_a_run_that_a_callback_of_transformers_ends_is_stopped_by_it(tmp_path):
+    with open_run(tmp_path / "run") as directory:
+        train_hf(tmp_path / "hf", Cut(2), directory=directory, reducer=CheckpointCallback(every_n_updates=1))
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["status"] == "stopped"
+    assert summary["ending"].startswith("ended at E0_U2_S")
+    assert summary["ending"].endswith(": a callback of transformers set control.should_training_stop")
 
 
 def test_a_trainer_that_does_not_report_its_losses_is_refused(tmp_path):

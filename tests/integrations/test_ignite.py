@@ -1,5 +1,6 @@
 """noether's callbacks on engines of pytorch-ignite, beside noether's own trainer on the same batches."""
 
+import json
 import warnings
 from contextlib import nullcontext, suppress
 
@@ -380,6 +381,19 @@ def test_an_epoch_that_is_left_early_is_counted(caplog):
     assert str(live.state.iteration) == "E1_U3_S24"
     (line,) = (record.getMessage() for record in caplog.records if record.name.startswith("noether"))
     assert "epoch 0 had 3 updates, not updates_per_epoch=5: the session ignores updates_per_epoch" in line
+
+
+def test_a_run_that_ignite_terminates_says_so(tmp_path):
+    network = model()
+    adam = optimizer(network)
+    engine = Engine(supervised_training_step(network, adam, nn.functional.cross_entropy))
+    engine.add_event_handler(Events.EPOCH_COMPLETED(once=2), lambda engine: engine.terminate())
+    with open_silent(tmp_path / "run") as directory:
+        attach(engine, CheckpointCallback(every_n_epochs=1), model=network, optimizer=adam, directory=directory)
+        engine.run(batches(points(16), 8), max_epochs=9)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["status"] == "stopped"
+    assert summary["ending"] == "ended at E2_U4_S32: engine.terminate() was called"
 
 
 def test_facts_that_the_user_passes_take_precedence():

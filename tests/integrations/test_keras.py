@@ -583,3 +583,17 @@ def test_an_error_in_fit_is_recorded_below_the_bar_of_keras(tmp_path, capsys):
     assert [line.split()[1] for line in lines if line.startswith("model ")] == ["Sequential,"]
     assert [line.split()[:2] for line in lines if "ending" in line] == [["ending", "failed"]]
     assert not has_other_bar()
+
+
+def test_a_run_that_early_stopping_of_keras_ends_is_stopped_by_keras(tmp_path):
+    x, y = stack(POINTS)
+    stopping = keras.callbacks.EarlyStopping("loss", mode="max", patience=0, min_delta=1e9)
+    with open_run(tmp_path / "run") as directory:
+        callback = NoetherCallback(CheckpointCallback(every_n_epochs=1), directory=directory)
+        classifier().fit(x, y, batch_size=SIZE, epochs=9, verbose=0, callbacks=[callback, stopping])
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    reason = "a callback of Keras set model.stop_training"
+    assert (summary["status"], summary["ending"]) == (
+        "stopped",
+        f"ended at {callback.session.state.iteration}: {reason}",
+    )

@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from reference import (
     LR,
     STILL,
@@ -479,19 +479,25 @@ def test_the_accumulation_may_change_between_epochs():
 
 @pytest.mark.parametrize(
     ("error", "status", "ending"),
-    [(ValueError("mine"), "failed", "failed at E0_U1_S4: ValueError: mine"), (None, "finished", None)],
-    ids=["error", "end"],
+    [
+        (ValueError("mine"), "failed", "failed at E0_U1_S4: ValueError: mine"),
+        (None, "finished", None),
+        ("stop", "stopped", "ended at E0_U2_S8: Lightning stopped it, because trainer.should_stop is set"),
+    ],
+    ids=["error", "end", "stop"],
 )
 def test_a_run_says_how_fit_ended_and_shows_its_panels_once(tmp_path, capsys, error, status, ending):
     class Failing(Module):
         def training_step(self, batch, batch_idx):
-            if batch_idx == 1 and error is not None:
+            if batch_idx == 1 and isinstance(error, ValueError):
                 raise error
+            self.trainer.should_stop = batch_idx == 1 and error == "stop"
             return super().training_step(batch, batch_idx)
 
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     with suppress(ValueError), open_run(tmp_path / "run") as directory:
-        callback = NoetherCallback(OnlineLossCallback(every_n_epochs=1), directory=directory)
+        saving = CheckpointCallback(every_n_epochs=1) if error == "stop" else OnlineLossCallback(every_n_epochs=1)
+        callback = NoetherCallback(saving, directory=directory)
         trainer = Trainer(max_epochs=1, callbacks=[callback], enable_checkpointing=False, **quiet)
         trainer.fit(Failing(), DataLoader(points(12), batch_size=4))
     summary = json.loads((tmp_path / "run/summary.json").read_text())
@@ -502,4 +508,21 @@ def test_a_run_says_how_fit_ended_and_shows_its_panels_once(tmp_path, capsys, er
         ending or "ended at E1_U3_S12"
     ]
     (times,) = summary["phases"].values()
-    assert times["updates"] == (3 if error is None else 1)
+    assert times["updates"] == {"finished": 3, "failed": 1, "stopped": 2}[status]
+
+
+def test_a_run_that_early_stopping_of_lightning_ends_says_why(tmp_path):
+    class Logging(Module):
+        def training_step(self, batch, batch_idx):
+            self.log("same", 1.0)
+            return super().training_step(batch, batch_idx)
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    stopping = EarlyStopping("same", patience=1, check_on_train_epoch_end=True)
+    with open_run(tmp_path / "run") as directory:
+        callback = NoetherCallback(CheckpointCallback(every_n_epochs=1), directory=directory)
+        trainer = Trainer(max_epochs=9, callbacks=[callback, stopping], enable_checkpointing=False, **quiet)
+        trainer.fit(Logging(), DataLoader(points(8), batch_size=4))
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["status"] == "stopped"
+    assert summary["ending"].startswith("ended at E2_U4_S16: EarlyStopping of Lightning: Monitored metric same ")

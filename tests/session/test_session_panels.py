@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import noether
-from noether import Session, open_run
+from noether import AfterUpdate, Session, on, open_run
 from noether.core.callbacks import (
     BestCheckpointCallback,
     EvaluateCallback,
@@ -144,6 +144,42 @@ def test_summary_and_panel_name_how_the_loop_ended(tmp_path, panels, reach, stat
             assert end["saved"] == "checkpoint E1_U4_S16, which the pointer latest names"
         else:
             assert end["saved"] == "nothing: no update was completed"
+
+
+def test_a_loop_whose_iterator_is_suspended_is_saved_where_its_run_is_closed(tmp_path, panels):
+    with open_run(tmp_path / "run") as directory:
+        session, model, optimizer = make_session(directory)
+        batches = session.batches(BATCHES)
+        for _ in range(2):
+            loss = model(next(batches)).square().mean()
+            loss.backward()
+            optimizer.step()
+            session.update(loss)
+    _, end = panels()
+    assert (end["ending"], end["saved"]) == (
+        "interrupted at E0_U2_S8",
+        "checkpoint E0_U2_S8, which the pointer latest names",
+    )
+    batches.close()
+
+
+def test_the_time_of_callbacks_is_no_wait_for_data(tmp_path):
+    seconds = [0.0]
+
+    def save(effects, state, event):
+        seconds[0] += 100.0
+
+    heard = []
+    hear = on(AfterUpdate)(lambda state, event: (heard.append(event.data_s), (state, ()))[1])
+    model = Net(2, 1)
+    session = Session(hear, interpreter=save, model=model, clock=Clock(elapsed_s=lambda: seconds[0]))
+    session.begin()
+    for _ in range(2):
+        seconds[0] += 1.0
+        session.batch_arrived()
+        session.update({"a": 1.0}, samples=4)
+        session.end_epoch()
+    assert heard == [1.0, 1.0]
 
 
 def test_an_error_leaving_the_run_is_recorded_although_the_iterator_is_still_open(tmp_path):

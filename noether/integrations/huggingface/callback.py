@@ -206,6 +206,8 @@ class NoetherCallback(TrainerCallback):  # type: ignore[misc]  # mypy does not r
         if self.session.is_over:
             self.session.end()
         else:
+            if control.should_training_stop:
+                self.session.record_stop("a callback of transformers set control.should_training_stop")
             self.session.close()
 
     def _apply_stop(self, control: TrainerControl) -> TrainerControl:

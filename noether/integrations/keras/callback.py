@@ -215,6 +215,8 @@ class NoetherCallback(keras.callbacks.Callback):  # type: ignore[misc]  # Keras 
         if self.session.is_over:
             self.session.end()
         else:
+            if self.model.stop_training:
+                self.session.record_stop("a callback of Keras set model.stop_training")
             self.session.close()
         self._shows_bar = False
         announce_bar(self, is_shown=False)
