@@ -82,8 +82,9 @@ def test_gradients_of_the_chosen_params_are_counted_beside_the_weights():
     [
         ({"skipped": True}, "the update was skipped, so it has no gradients"),
         ({"gradients": {}}, "these params have no gradients"),
+        ({}, "no gradients were copied in this update; a loop of your own passes AfterUpdate(gradients=...)"),
     ],
-    ids=["skipped", "unused"],
+    ids=["skipped", "unused", "not copied"],
 )
 def test_a_firing_without_gradients_says_so(readings, reason):
     callback = HistogramCallback(every_n_updates=1, of=("gradients",))
@@ -97,10 +98,14 @@ def test_a_plan_can_call_it_on_the_meta_device():
     assert [int(effect.counts.sum()) for effect in effects] == [0, 0, 0, 0]
 
 
-def test_a_loop_that_passes_no_gradients_is_named():
-    callback = HistogramCallback(every_n_updates=1, of=("weights", "gradients"))
-    with pytest.raises(ValueError, match=r"loop measures no gradients; pass AfterUpdate\(gradients=\.\.\.\)$"):
-        update(callback, torch.nn.Linear(2, 1))
+@pytest.mark.parametrize("pattern", ["0.*", "1.*"])
+def test_a_tied_weight_is_chosen_by_any_of_its_names(pattern):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    callback = HistogramCallback(every_n_updates=1, patterns=(pattern,), of=("weights", "gradients"))
+    callback(TrainState.from_module(model), BeforeTraining())
+    effects = update(callback, model, gradients={"0.weight": torch.ones(2, 2)})
+    assert [each.key for each in effects] == ["weights/0.weight", "gradients/0.weight"]
 
 
 def test_the_histograms_at_the_end_are_those_of_the_weights():

@@ -55,6 +55,23 @@ def test_histograms_share_one_scale():
     assert columns.count(50.0) == pytest.approx(5, abs=1)
 
 
+def test_histograms_that_shrink_are_drawn_on_a_logarithmic_scale():
+    """Each of these histograms would fill one row of the linear scale of the one before."""
+    histograms = [(at, {"counts": [1] * 8, "edges": np.linspace(-1, 1, 9) / 100**at}) for at in range(3)]
+    html = draw_histograms("g", [(at, {**each, "edges": each["edges"].tolist()}) for at, each in histograms])
+    assert "values from -1 (bottom) to 1 (top)" in html
+    assert "beyond 0.0001 above and below 0, the scale is logarithmic" in html
+    columns = [float(cell.split('"')[1]) for cell in html.split("<rect")[1:]]
+    assert min(columns.count(x) for x in set(columns)) >= 3
+
+
+def test_histograms_of_one_event_are_in_the_order_of_the_layers(tmp_path):
+    content = json.dumps({"counts": [1], "edges": [0, 1], "nan": 0, "infinite": 0}).encode()
+    logged = [(layer, "histogram", content, ".json", at) for at in (1, 2) for layer in ("first", "then")]
+    html = make_section(tmp_path, *logged)
+    assert html.index("<h3>first") < html.index("<h3>then")
+
+
 @pytest.mark.parametrize("counts", [[], [0, 0]])
 def test_a_histogram_without_values_says_so(counts):
     edges = np.arange(len(counts) + 1.0).tolist()

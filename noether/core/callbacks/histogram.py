@@ -37,6 +37,8 @@ class HistogramCallback(PeriodicCallback):
     `exp_avg` of Adam or `momentum_buffer` of SGD, which is also known at the end of an epoch. Values that are not
     finite are counted apart. Without gradients, as at a skipped update, or without momentum, a firing logs a line.
 
+    A tied weight has one histogram, under its first name; a pattern may match any of its names.
+
     A firing reads each chosen tensor twice. Params of a sharded state are gathered, one after the other.
 
     Args:
@@ -50,7 +52,6 @@ class HistogramCallback(PeriodicCallback):
 
     Raises:
         SettingsError: If a setting is out of range; before training, if no param matches one of `patterns`.
-        ValueError: If the loop does not pass the gradients.
 
     ```yaml
     - kind: noether.core.callbacks.HistogramCallback
@@ -100,8 +101,9 @@ class HistogramCallback(PeriodicCallback):
 
     def before_training(self, state: TrainState, event: BeforeTraining) -> tuple[TrainState, Effects]:
         """Refuse patterns that match no param."""
-        unknown = [each for each in self.patterns if not any(fnmatchcase(name, each) for name in state.params)]
-        problems = [Problem("patterns", f"no param matches {each!r}{suggest(each, state.params)}") for each in unknown]
+        names = (*state.params, *state.tied_names)
+        unknown = [each for each in self.patterns if not any(fnmatchcase(name, each) for name in names)]
+        problems = [Problem("patterns", f"no param matches {each!r}{suggest(each, names)}") for each in unknown]
         raise_problems(problems)
         return state, ()
 
@@ -109,7 +111,7 @@ class HistogramCallback(PeriodicCallback):
         """Log the histograms; say so if there are no gradients or no momentum."""
         effects: list[LogHistogram | LogText] = []
         for kind in self.of:
-            chosen = self._choose(self._tensors(kind, state, event))
+            chosen = self._choose(self._tensors(kind, state, event), state)
             effects += [self._histogram(f"{kind}/{name}", tensor) for name, tensor in chosen.items()]
             if not chosen and (reason := _explain_absence(kind, event)):
                 effects.append(LogText(f"{self.name}: {reason}"))
@@ -120,18 +122,14 @@ class HistogramCallback(PeriodicCallback):
             return state.params
         if kind == "momentum":
             return _momentum_by_name(state.opt_state)
-        if not isinstance(event, AfterUpdate) or event.skipped:
-            return {}
-        if event.gradients is None:
-            raise ValueError(f"{self.name}: the loop measures no gradients; pass AfterUpdate(gradients=...)")
-        return event.gradients
+        is_read = isinstance(event, AfterUpdate) and not event.skipped
+        return (event.gradients or {}) if is_read else {}  # type: ignore[attr-defined]  # of an AfterUpdate
 
-    def _choose(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {
-            name: tensor
-            for name, tensor in tensors.items()
-            if any(fnmatchcase(name, pattern) for pattern in self.patterns)
-        }
+    def _choose(self, tensors: Mapping[str, torch.Tensor], state: TrainState) -> dict[str, torch.Tensor]:
+        names = (*state.params, *state.tied_names)
+        matching = [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.patterns)]
+        chosen = {state.tied_names.get(name, name) for name in matching}
+        return {name: tensor for name, tensor in tensors.items() if name in chosen}
 
     def _histogram(self, key: str, tensor: torch.Tensor) -> LogHistogram:
         counted = count_values(whole_tensor(tensor.detach()), self.bins)
@@ -145,7 +143,11 @@ def _explain_absence(kind: str, event: Event) -> str | None:
         return f"the optimizer keeps no momentum of these params; {fix}"
     if not isinstance(event, AfterUpdate):
         return None
-    return "the update was skipped, so it has no gradients" if event.skipped else "these params have no gradients"
+    if event.skipped:
+        return "the update was skipped, so it has no gradients"
+    if event.gradients is None:  # where a resumed run repeats an update, its loop had no reason to copy them
+        return "no gradients were copied in this update; a loop of your own passes AfterUpdate(gradients=...)"
+    return "these params have no gradients"
 
 
 def _momentum_by_name(opt_state: Mapping[str, Any]) -> dict[str, torch.Tensor]:

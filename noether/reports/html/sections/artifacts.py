@@ -1,4 +1,7 @@
-"""The section of artifacts: figures, images, histograms, tables and texts that a run logged, the newest first."""
+"""The section of artifacts: figures, images, histograms, tables and texts that a run logged, the newest first.
+
+Those of one event, such as the histograms of all layers, are in the order in which they were logged.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def artifacts_section(runs: Sequence[RunRecord]) -> Section | None:
     budget = _Budget(_PICTURE_BYTES)
     for label, run in zip(run_labels(runs), runs, strict=True):
         by_key: dict[str, list[ArtifactRecord]] = {}
-        for each in reversed(run.artifacts):
+        for each in sorted(run.artifacts, key=lambda each: (each.point.update, each.point.epoch), reverse=True):
             by_key.setdefault(each.key, []).append(each)
         for key, records in by_key.items():
             heading = key if len(runs) == 1 else f"{key} of {label}"
