@@ -82,7 +82,7 @@ def test_gradients_of_the_chosen_params_are_counted_beside_the_weights():
     [
         ({"skipped": True}, "the update was skipped, so it has no gradients"),
         ({"gradients": {}}, "these params have no gradients"),
-        ({}, "no gradients were copied in this update; a loop of your own passes AfterUpdate(gradients=...)"),
+        ({}, "no gradients were copied in this update; a loop without Session passes AfterUpdate(gradients=...)"),
     ],
     ids=["skipped", "unused", "not copied"],
 )

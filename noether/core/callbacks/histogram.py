@@ -146,7 +146,7 @@ def _explain_absence(kind: str, event: Event) -> str | None:
     if event.skipped:
         return "the update was skipped, so it has no gradients"
     if event.gradients is None:  # where a resumed run repeats an update, its loop had no reason to copy them
-        return "no gradients were copied in this update; a loop of your own passes AfterUpdate(gradients=...)"
+        return "no gradients were copied in this update; a loop without Session passes AfterUpdate(gradients=...)"
     return "these params have no gradients"
 
 
