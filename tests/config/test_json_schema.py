@@ -128,3 +128,10 @@ def test_the_command_writes_the_schema(tmp_path):
     assert result.exit_code == 0
     assert "yaml-language-server" in result.output
     assert json.loads((tmp_path / "schema.json").read_text()) == SCHEMA
+
+
+def test_the_schema_never_replaces_a_configuration(tmp_path):
+    for name, fix in (("mine.yaml", "write mine.json"), ("absent/a.json", "does not exist; create it first")):
+        result = CliRunner().invoke(main, ["schema", "--to", str(tmp_path / name)])
+        assert result.exit_code == 2
+        assert fix in result.stderr
