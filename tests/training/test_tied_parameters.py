@@ -84,7 +84,7 @@ def test_the_size_of_a_checkpoint_counts_each_name():
     for models, numbers in (((), 12), (("head",), 6), (("emb", "head"), 12)):
         callback = CheckpointCallback(every_n_epochs=1, model_names=models, save_latest_optim=False)
         (line,) = callback(state, BeforeTraining(run=run))[1]
-        assert f"of {numbers * 4} B" in line.text
+        assert f"({numbers * 4} B)" in line.text
 
 
 def group(name, *match, **more):
