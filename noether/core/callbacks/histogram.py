@@ -126,10 +126,11 @@ class HistogramCallback(PeriodicCallback):
         return (event.gradients or {}) if is_read else {}  # type: ignore[attr-defined]  # of an AfterUpdate
 
     def _choose(self, tensors: Mapping[str, torch.Tensor], state: TrainState) -> dict[str, torch.Tensor]:
-        names = (*state.params, *state.tied_names)
-        matching = [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.patterns)]
-        chosen = {state.tied_names.get(name, name) for name in matching}
-        return {name: tensor for name, tensor in tensors.items() if name in chosen}
+        chosen = {name for alias, name in state.tied_names.items() if self._matches(alias)}
+        return {name: tensor for name, tensor in tensors.items() if name in chosen or self._matches(name)}
+
+    def _matches(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
     def _histogram(self, key: str, tensor: torch.Tensor) -> LogHistogram:
         counted = count_values(whole_tensor(tensor.detach()), self.bins)
