@@ -125,16 +125,21 @@ class Declaration:
         return tuple(key for key in self.consumes if not isinstance(key, OptionalKey))
 
 
+_DEFAULTS: Final[Mapping[str, Any]] = {"gate": None, "produces": None, "consumes": (), "readings": (), "effects": ()}
+
+
+def attribute_of(callback: Callback, name: str) -> Any:
+    """Return one attribute of `callback` that a `Declaration` has, or its default.
+
+    Wrappers and reducers read theirs from the callbacks inside by this function: a whole declaration at each level
+    would read the innermost callback a number of times that grows exponentially with the levels.
+    """
+    return getattr(callback, name, _DEFAULTS[name])
+
+
 def declaration_of(callback: Callback) -> Declaration:
     """Return the attributes of `callback`, with their defaults filled in."""
-    return Declaration(
-        label=label_of(callback),
-        gate=getattr(callback, "gate", None),
-        produces=getattr(callback, "produces", None),
-        consumes=getattr(callback, "consumes", ()),
-        readings=getattr(callback, "readings", ()),
-        effects=getattr(callback, "effects", ()),
-    )
+    return Declaration(label=label_of(callback), **{name: attribute_of(callback, name) for name in _DEFAULTS})
 
 
 def merge_keys(*keys: str) -> tuple[str, ...]:

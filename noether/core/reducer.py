@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callback import (
+    attribute_of,
     callable_while_closed,
-    declaration_of,
     init_of,
     label_of,
     listens_to,
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from noether.core.effect import Effect
     from noether.core.event import Event
     from noether.core.schedules.base import Schedule
+    from noether.core.schedules.gate import Gate
     from noether.core.state import Memory, TrainState
 
     _Call = tuple[Callback, Callback]  # a member, and the callable to call for it
@@ -177,12 +178,12 @@ class Reducer:
             >>> [reducer.reads("gradients", each) for each in (state, state.advance(samples=4))]
             [False, True]
         """
-        return any(reading in declaration_of(each).readings for each in self.members_called(state, AfterUpdate))
+        return any(reading in attribute_of(each, "readings") for each in self.members_called(state, AfterUpdate))
 
     @property
     def produces(self) -> tuple[str, ...] | None:
         """Patterns of the metric keys that the members log; None if one of them may log any."""
-        produced = [declaration_of(member).produces for member in self.members]
+        produced = [attribute_of(member, "produces") for member in self.members]
         return None if None in produced else tuple(key for keys in produced for key in keys or ())
 
     @property
@@ -190,21 +191,22 @@ class Reducer:
         """Metric keys that a member consumes and no member before it produces."""
         keys: list[str] = []
         produced: list[str] | None = []  # None after a member that may produce any key
-        for declared in map(declaration_of, self.members):
+        for member in self.members:
             if produced is not None:
-                keys += [k for k in declared.consumes if not any(keys_overlap(p, k) for p in produced)]
-                produced = None if declared.produces is None else [*produced, *declared.produces]
+                consumed, made = attribute_of(member, "consumes"), attribute_of(member, "produces")
+                keys += [k for k in consumed if not any(keys_overlap(p, k) for p in produced)]
+                produced = None if made is None else [*produced, *made]
         return merge_keys(*keys)
 
     @property
     def readings(self) -> tuple[str, ...]:
         """Costly fields of `AfterUpdate` that a member reads; a loop need not compute the others."""
-        return tuple(dict.fromkeys(name for member in self.members for name in declaration_of(member).readings))
+        return tuple(dict.fromkeys(name for member in self.members for name in attribute_of(member, "readings")))
 
     @property
     def effects(self) -> tuple[type[Effect], ...]:
         """Types of effects that the members declare."""
-        return tuple(dict.fromkeys(kind for member in self.members for kind in declaration_of(member).effects))
+        return tuple(dict.fromkeys(kind for member in self.members for kind in attribute_of(member, "effects")))
 
     @property
     def _tracker(self) -> Callback | None:
@@ -288,7 +290,7 @@ class _CallsAtUpdates:
 
 def _schedule_at_updates(member: Callback) -> Schedule | None:
     """Return the part of a member's schedule that its gate reads at updates."""
-    gate = declaration_of(member).gate
+    gate: Gate | None = attribute_of(member, "gate")
     return None if gate is None else gate.parts.get(AfterUpdate)
 
 

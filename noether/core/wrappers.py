@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Self, final
 
 from noether.core.callback import (
+    attribute_of,
     callable_while_closed,
-    declaration_of,
     init_of,
     label_of,
     listens_to,
@@ -54,27 +54,32 @@ class Wrapper:
     @property
     def gate(self) -> Gate | None:
         """When its callback acts; None if that has no gate."""
-        return declaration_of(self.callback).gate
+        gate: Gate | None = attribute_of(self.callback, "gate")
+        return gate
 
     @property
     def produces(self) -> tuple[str, ...] | None:
         """Patterns of the metric keys that its callback logs; None if it may log any."""
-        return declaration_of(self.callback).produces
+        produces: tuple[str, ...] | None = attribute_of(self.callback, "produces")
+        return produces
 
     @property
     def consumes(self) -> tuple[str, ...]:
         """Metric keys that its callback consumes."""
-        return declaration_of(self.callback).consumes
+        consumes: tuple[str, ...] = attribute_of(self.callback, "consumes")
+        return consumes
 
     @property
     def readings(self) -> tuple[str, ...]:
         """Costly fields of `AfterUpdate` that its callback reads."""
-        return declaration_of(self.callback).readings
+        readings: tuple[str, ...] = attribute_of(self.callback, "readings")
+        return readings
 
     @property
     def effects(self) -> tuple[type[Effect], ...]:
         """Types of effects that its callback requests."""
-        return declaration_of(self.callback).effects
+        effects: tuple[type[Effect], ...] = attribute_of(self.callback, "effects")
+        return effects
 
     def init(self, state: TrainState) -> Mapping[str, Memory]:
         """Return the memory that its callback starts with."""

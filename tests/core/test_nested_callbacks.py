@@ -111,6 +111,38 @@ def test_nested_callbacks_are_checked_and_act_as_those_side_by_side(tree, run):
     assert found == expected if isinstance(found, int) else same(found, expected)
 
 
+class Counting:
+    """Counts how often its declarations are read."""
+
+    def __init__(self):
+        self.reads = 0
+
+    @property
+    def readings(self):
+        self.reads += 1
+        return ()
+
+    produces = consumes = effects = readings
+
+    def __call__(self, state, event):
+        return state, ()
+
+
+def count_reads(levels, run):
+    inner = nested = Counting()
+    for level in range(levels):
+        nested = on(AfterUpdate)(nested) if level % 2 else callback("outer")(compose(nested))
+    reducer = compose(nested)
+    assert (reducer.readings, reducer.produces, reducer.consumes, reducer.effects) == ((), (), (), ())
+    drive(reducer, run)
+    return inner.reads
+
+
+def test_each_level_adds_the_same_work():
+    run = Run(end=TrainingIteration(update=2), updates_per_epoch=2, samples_per_epoch=4, effective_batch_size=2)
+    assert 0 < count_reads(16, run) <= 4 * count_reads(8, run)
+
+
 def add(name, n):
     return callback(name, init=lambda state: 0)(lambda s, e: (s.remember(name, s.memory(name) + n), ()))
 
