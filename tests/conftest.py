@@ -1,5 +1,6 @@
 """What holds for all tests."""
 
+import gc
 import signal
 
 import torch
@@ -28,6 +29,12 @@ LONGEST_FIRST = ("test_habits", "test_compiled", "test_event_completion", "test_
 
 def pytest_configure(config):
     select_examples(config.option.markexpr)
+
+
+def pytest_collection_finish():
+    # Else each full collection searches 10,000 collected tests and every library, which no test frees.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -36,6 +36,17 @@ def examples(full, *, quick, **options):
     return decorate
 
 
+def slow_except(default, values):
+    """Mark all values of a parameter as slow, except those in `default`, which differ most.
+
+    Returns:
+        What `pytest.mark.parametrize` takes.
+    """
+    if missing := set(default) - set(values):
+        raise ValueError(f"default: {sorted(missing)} are not among the values")
+    return [pytest.param(value, marks=() if value in default else pytest.mark.slow) for value in values]
+
+
 def rotate(rows, choices):
     """Pair each row of arguments with each choice: of a row one is not slow, and the next one of the next row.
 

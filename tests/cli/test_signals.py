@@ -40,7 +40,12 @@ def holding(paper, tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "whole_group", "workers"),
-    [(signal.SIGINT, True, 0), (signal.SIGTERM, False, 0), (signal.SIGINT, True, 2), (signal.SIGTERM, True, 2)],
+    [
+        (signal.SIGINT, True, 0),
+        (signal.SIGTERM, False, 0),
+        pytest.param(signal.SIGINT, True, 2, marks=pytest.mark.slow),
+        (signal.SIGTERM, True, 2),
+    ],
 )
 def test_a_run_interrupted_by_a_signal_can_be_resumed(paper, tmp_path, holding, uncut, number, whole_group, workers):
     """Ctrl-C reaches the whole process group with its data workers; `kill` reaches one process."""

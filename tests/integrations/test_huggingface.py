@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState
+from law_examples import slow_except
 from reference import (
     LR,
     STILL,
@@ -138,7 +139,7 @@ def test_events_and_weights_equal_those_of_the_trainer(uncut):
     assert_same(memories, dict(state.callback_states))
 
 
-@pytest.mark.parametrize("after", [1, 3, 5])
+@pytest.mark.parametrize("after", slow_except((3,), [1, 3, 5]))
 def test_resumes_from_a_checkpoint_of_transformers(after, uncut, tmp_path):
     before, *_ = train_hf(tmp_path, Cut(after))
     assert_same(before.lines, uncut[0].lines[: len(before.lines)])
@@ -152,7 +153,7 @@ def test_resumes_from_a_checkpoint_of_transformers(after, uncut, tmp_path):
     assert_same(callback.session.state.metrics, uncut[1].session.state.metrics)
 
 
-@pytest.mark.parametrize("after", [3, 5])
+@pytest.mark.parametrize("after", slow_except((3,), [3, 5]))
 def test_resumes_from_a_checkpoint_of_noether(after, uncut, tmp_path):
     with open_silent(tmp_path / "run") as directory:
         train_hf(tmp_path, Cut(after), directory=directory)

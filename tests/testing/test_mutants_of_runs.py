@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from law_examples import slow_except
 
 from noether import (
     AfterAccumulationStep,
@@ -68,7 +69,11 @@ def counts_in_a_default():
 
 
 @pytest.mark.parametrize(
-    "make", [remembers_the_first_loss, counts_with_nonlocal, counts_in_a_method, counts_in_a_default]
+    "make",
+    slow_except(
+        (counts_with_nonlocal, counts_in_a_default),
+        [remembers_the_first_loss, counts_with_nonlocal, counts_in_a_method, counts_in_a_default],
+    ),
 )
 def test_check_resumable_catches_memory_that_a_cut_loses(make):
     with pytest.raises(LawError, match="does not resume exactly"):

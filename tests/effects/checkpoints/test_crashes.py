@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from faults import KINDS, Faults, Killed, PowerLoss, can_meet, write_tree
+from law_examples import slow_except
 from small_run import BEST, NO_FSYNC, open_small_run, state_after, train
 
 from noether import AfterUpdate, LogScalars, SaveCheckpoint
@@ -318,7 +319,10 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize(
+    "mutant",
+    slow_except(("no fsync of files", "no fsync of the parent", "prune first", "no fsync of the log"), MUTANTS),
+)
 def test_a_mutant_of_the_protocol_is_caught(tmp_path, monkeypatch, mutant):
     change, skips_fsync = MUTANTS[mutant]
     with monkeypatch.context() as mutated:
