@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from noether.core.iteration import COUNTERS, Counter, TrainingIteration
 
@@ -58,4 +59,16 @@ class RunLengths:
     @property
     def final(self) -> TrainingIteration:
         """The last iteration of the run, unless a callback stops it early."""
-        return self.iteration_after(max(self.updates_to(name, getattr(self.end, name)) for name in COUNTERS))
+        return _find_final(self.end, self.updates_per_epoch, self.samples_per_epoch, self.effective_batch_size)
+
+
+@lru_cache(maxsize=32)  # progress reads it several times per line
+def _find_final(end: TrainingIteration, *lengths: int) -> TrainingIteration:
+    updates_per_epoch, samples_per_epoch, effective_batch_size = lengths
+    run = RunLengths(
+        end=end,
+        updates_per_epoch=updates_per_epoch,
+        samples_per_epoch=samples_per_epoch,
+        effective_batch_size=effective_batch_size,
+    )
+    return run.iteration_after(max(run.updates_to(name, getattr(end, name)) for name in COUNTERS))

@@ -163,17 +163,17 @@ class Console:
 
     def write_scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write metrics as one line of columns: a handler of `LogScalars`."""
+        has_display = self._live is not None and self._live.is_running
+        interval_s = _LIVE_UPDATE_INTERVAL_S if has_display and not has_other_bar() else _UPDATE_INTERVAL_S
+        is_early = self._is_early(event, interval_s)
+        if is_early and self._live is None:  # the values of most updates go to no line and no display
+            return
         loud = {key: value for key, value in sorted(effect.values.items()) if key not in effect.quiet}
         metrics = {key: value for key, value in loud.items() if not repeats_single_loss(key, loud)}
         self.view.log(metrics, state.iteration)
-        # A loop that sets no time on its events gets every line. The difference is negative if the clock was set back.
-        is_update, has_display = isinstance(event, AfterUpdate), self._live is not None and self._live.is_running
-        interval_s = _LIVE_UPDATE_INTERVAL_S if has_display and not has_other_bar() else _UPDATE_INTERVAL_S
-        if is_update and event.time_s and 0 <= event.time_s - self._last_update_s < interval_s:
+        if is_early or not metrics:
             return
-        if not metrics:
-            return
-        if is_update:
+        if isinstance(event, AfterUpdate):
             self._last_update_s = event.time_s
         if not has_display:
             self._write(self._add_label(state, [format_line(metrics)]), event)
@@ -181,6 +181,15 @@ class Console:
             line := self._changed.describe(metrics, self._console.width - self._label_width - 2)
         ):
             self._write(self._add_label(state, [line]), event)
+
+    def _is_early(self, event: Event, interval_s: float) -> bool:
+        """Return whether the line of an update would follow the one before within an interval."""
+        # A loop that sets no time on its events gets every line. The difference is negative if the clock was set back.
+        return (
+            isinstance(event, AfterUpdate)
+            and bool(event.time_s)
+            and 0 <= event.time_s - self._last_update_s < interval_s
+        )
 
     def _add_label(self, state: TrainState, lines: Sequence[str]) -> str:
         return add_label(state, lines, self._label_width)
