@@ -4,7 +4,9 @@ Run as `python -m benchmarks.training`. All rows train what `configs/seed.yaml` 
 and a medium one (the ConvNet of the digits), on precomputed batches, and evaluate after each epoch. Two bare loops do
 only that. The third also does by hand what the callbacks of that file do: a line of progress every 10 updates, the
 learning rate in a file at every update, the best accuracy after each epoch. noether uses its callbacks, trainer and run
-directory; for Ignite and Lightning, hooks call a few lines that write as much.
+directory; for Ignite and Lightning, hooks call a few lines that write as much. One row has the callbacks of
+`configs/digits.yaml` instead, which also save checkpoints. In two rows, of noether and Ignite, 100 callbacks are beside
+the evaluation: 5 log a number at each update, 95 have intervals that no update reaches.
 
 A run is timed from the first batch of its second epoch to the first of its last. All rows take turns in one process on
 one thread; a ratio is taken within each round, and the tables show medians over rounds with quartiles. All rows with
@@ -42,10 +44,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.dispatch import NEVER
 from benchmarks.measurement import Table, available_rows, markdown_option, quartiles, ratios, show, take_turns
 from noether import TrainingIteration, compose
 from noether.config import load
 from noether.core.callbacks import EvaluateCallback
+from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.metrics import log
 from noether.effects import open_run
 from noether.examples.digits import ConvNet
 from noether.training.experiment import Experiment, build
@@ -58,11 +63,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from noether import TrainState
+    from noether.core.callback import Callback
     from noether.training.step.step import Step
 
     Train = Callable[[Path], "Trained"]
+    WrapStep = Callable[[Step], Step | CompiledStep]
 
-_CONFIG = Path(__file__).parents[1] / "configs/seed.yaml"
+_CONFIGS = Path(__file__).parents[1] / "configs"
+_CONFIG = _CONFIGS / "seed.yaml"
+_FIRING, _IDLE = 5, 95  # of 100 callbacks
 
 
 class Network(NamedTuple):
@@ -79,7 +88,7 @@ _NETWORKS: Mapping[str, Network] = {
 }
 _DEFAULT, _FUSED = "bare loop, default AdamW", "bare loop, fused AdamW"
 _BY_HAND = "the same, callbacks by hand"
-_STEPS: Mapping[str, Callable[[Step], Step | CompiledStep]] = {
+_STEPS: Mapping[str, WrapStep] = {
     "noether": lambda step: dataclasses.replace(step, donate=False),
     "noether, donated": lambda step: step,
     "noether, compiled": CompiledStep,
@@ -117,6 +126,14 @@ class Batches:
         """Return the mean seconds of an update from the start of the second epoch to the start of the last."""
         _, first_s, *_, last_s = self._starts_s
         return (last_s - first_s) / (len(self) * (len(self._starts_s) - 2))
+
+
+class LogNumber(PeriodicCallback):
+    """Logs a number."""
+
+    def periodic_callback(self, state: TrainState, event: Any, interval: Any) -> tuple[TrainState, Any]:  # noqa: ARG002  # a hook
+        """Log the number of the update under the name of the callback."""
+        return log(state, event, {self.id: state.iteration.update})
 
 
 class Trained(NamedTuple):
@@ -198,7 +215,7 @@ class SeedCallbacks:
 
     def after_update(self, update: int, lr: float) -> None:
         """Log the learning rate and, every 10 updates, the progress."""
-        self._write(update, {"optim/lr": lr})
+        self.write(update, {"optim/lr": lr})
         if update % 10 == 0:
             spent_s = time.perf_counter() - self._starts_s
             left_s = spent_s / update * (self._updates - update)
@@ -208,14 +225,15 @@ class SeedCallbacks:
     def after_evaluation(self, update: int, measured: Mapping[str, float]) -> None:
         """Log the measured values and the best accuracy."""
         self._best = max(self._best, measured["val/accuracy"])
-        self._write(update, {**measured, "val/accuracy/best": self._best})
+        self.write(update, {**measured, "val/accuracy/best": self._best})
 
     def close(self) -> None:
         """Flush and close the files."""
         self._log.close()
         self._console.close()
 
-    def _write(self, update: int, values: Mapping[str, float]) -> None:
+    def write(self, update: int, values: Mapping[str, float]) -> None:
+        """Write a line of values."""
         self._log.write(json.dumps({"update": update, "time_s": time.time(), "metrics": values}) + "\n")
 
 
@@ -253,12 +271,10 @@ def by_hand(task: Task) -> Train:
     return train
 
 
-def noether(task: Task, wrap_step: Callable[[Step], Step | CompiledStep], *, callbacks: bool = True) -> Train:
-    """Train with noether's trainer in a run directory, with all callbacks or only the evaluation."""
-    experiment = task.experiment
+def noether(task: Task, callbacks: Iterable[Callback], wrap_step: WrapStep = lambda step: step) -> Train:
+    """Train with noether's trainer in a run directory."""
+    experiment, reducer = task.experiment, compose(*callbacks)
     step = wrap_step(experiment.step)
-    members = [configured.callback for configured in experiment.callbacks]
-    reducer = compose(*(each for each in members if callbacks or isinstance(each, EvaluateCallback)))
 
     def train(folder: Path) -> Trained:
         batches = task.new_batches()
@@ -273,8 +289,20 @@ def noether(task: Task, wrap_step: Callable[[Step], Step | CompiledStep], *, cal
     return train
 
 
-def ignite(task: Task) -> Train:
-    """Train with an Ignite engine."""
+def digits_callbacks(task: Task) -> list[Callback]:
+    """Return the callbacks of `configs/digits.yaml`; early stopping watches, but has no time to stop the run."""
+    config = load(_CONFIGS / "digits.yaml", ["callbacks.8.tolerance=1000"])
+    return [each.callback for each in build(config, "benchmark", model=lambda: copy.deepcopy(task.model)).callbacks]
+
+
+def many_callbacks() -> list[Callback]:
+    """Return 100 callbacks, of which 5 are due at each update."""
+    intervals = [1] * _FIRING + [NEVER] * _IDLE
+    return [LogNumber(every_n_updates=n, id=f"number/{index}") for index, n in enumerate(intervals)]
+
+
+def ignite(task: Task, intervals: Sequence[int] | None = None) -> Train:
+    """Train with an Ignite engine, with the callbacks by hand, or handlers of these intervals that log a number."""
     from ignite.engine import Engine, Events
 
     def train(folder: Path) -> Trained:
@@ -283,9 +311,17 @@ def ignite(task: Task) -> Train:
         callbacks = SeedCallbacks(folder, task.epochs * len(batches))
         engine = Engine(lambda engine, batch: make_update(model, optimizer, batch))  # noqa: ARG005  # called by the engine
 
-        @engine.on(Events.ITERATION_COMPLETED)
-        def log(engine: Engine) -> None:
+        def log_number(engine: Engine, key: str) -> None:
+            callbacks.write(engine.state.iteration, {key: engine.state.iteration})
+
+        def log_all(engine: Engine) -> None:
             callbacks.after_update(engine.state.iteration, optimizer.param_groups[0]["lr"])
+
+        if intervals is None:
+            engine.add_event_handler(Events.ITERATION_COMPLETED, log_all)
+        for index, n in enumerate(intervals or ()):
+            event = Events.ITERATION_COMPLETED(every=n) if n > 1 else Events.ITERATION_COMPLETED
+            engine.add_event_handler(event, log_number, f"number/{index}")
 
         @engine.on(Events.EPOCH_COMPLETED)
         def evaluate_epoch(engine: Engine) -> None:
@@ -343,10 +379,22 @@ def lightning(task: Task) -> Train:
 
 def rows(task: Task) -> tuple[dict[str, Train], list[str]]:
     """Return the rows that can run here, and notes on those that cannot."""
+    guide = [each.callback for each in task.experiment.callbacks]
+    evaluation = [each for each in guide if isinstance(each, EvaluateCallback)]
+    many = many_callbacks()
     trains = {_DEFAULT: bare(task, fused=None), _FUSED: bare(task, fused=True), _BY_HAND: by_hand(task)}
-    trains |= {name: noether(task, wrap_step) for name, wrap_step in _STEPS.items()}
-    trains["noether, donated, evaluation alone"] = noether(task, lambda step: step, callbacks=False)
-    peers, notes = available_rows({"Ignite": partial(ignite, task), "Lightning": partial(lightning, task)})
+    trains |= {name: noether(task, guide, wrap_step) for name, wrap_step in _STEPS.items()}
+    trains["noether, donated, evaluation alone"] = noether(task, evaluation)
+    trains["noether, donated, digits callbacks"] = noether(task, digits_callbacks(task))
+    trains["noether, donated, 100 callbacks"] = noether(task, [*evaluation, *many])
+    intervals = [each.every_n_updates or NEVER for each in many]
+    peers, notes = available_rows(
+        {
+            "Ignite": partial(ignite, task),
+            "Ignite, 100 callbacks": partial(ignite, task, intervals),
+            "Lightning": partial(lightning, task),
+        }
+    )
     return trains | peers, notes
 
 
