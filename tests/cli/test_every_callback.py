@@ -214,12 +214,14 @@ def test_on_a_terminal_the_progress_bar_is_live_and_then_removed(tmp_path):
     assert re.search(r"1;\d+r", "".join(margins))  # rows are kept
     assert margins[-1] == "\x1b[r"  # and given back
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written)
-    assert re.search(r"run .*\d+% +0:\d\d:\d\d left +update \d+/342 +epoch \d/9 +sample \d+/10845", plain)
-    assert re.search(r"epoch \d .*\d+/38 +[\d.]+ updates/s +[\d.]+ samples/s", plain)
-    assert re.search(r"next .*\d+/20 +in 0:00:\d\d", plain)
+    # A short run may end before the display has a rate; effects/console/test_live_region.py asserts rates and times.
+    assert re.search(r"run .*\d+% .*update \d+/342 +epoch \d/9 +sample \d+/10845", plain)
+    assert re.search(r"epoch \d .*\d+/38", plain)
+    assert re.search(r"next .*\d+/20", plain)
     assert " end in " not in plain
     assert f"─ ended at {END}" in plain
-    assert plain.rstrip().splitlines()[-1].startswith("continue  noether train --resume ")
+    commands = re.sub(r" \\\r?\n +", " ", plain)  # long ones are continued on the next line
+    assert commands.rstrip().splitlines()[-1].startswith("continue  noether train --resume ")
     assert "loss/val/cross_entropy/ema=0.5" in plain
 
 
