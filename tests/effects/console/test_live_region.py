@@ -140,12 +140,12 @@ def test_the_display_shows_progress_and_watched_metrics(open_terminal, columns):
         assert all(len(line) < columns for line in lines)
         (run,) = [line for line in lines if line.startswith("run ")]
         assert "62%" in run
-        assert re.search(r" 0:00:0[34] left", run)
+        assert re.search(r" 0:00:\d\d left", run)
         assert "update 5/8" in run
         (epoch,) = [line for line in lines if line.startswith("epoch 2")]
         assert " 1/4" in epoch
-        assert columns == 80 or re.search(r"(1|0\.9\d*) updates/s", epoch)
-        assert any(re.search(r"^next .* 1/4 +in 0:00:0\d", line) for line in lines)
+        assert columns == 80 or re.search(r"[\d.]+ updates/s", epoch)
+        assert any(re.search(r"^next .* 1/4 +in 0:00:\d\d", line) for line in lines)
         shown = "".join(lines[lines.index(run) :])
         assert "val/accuracy  0.75 ★ best" in shown
         assert "loss/val/mse  0.125" in shown
