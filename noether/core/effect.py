@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping  # noqa: TC003  # cattrs reads the annotations of SaveCheckpoint
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
+    from noether.core.event import AfterUpdate
     from noether.core.iteration import Counter, TrainingIteration
 
 
@@ -47,6 +48,35 @@ class LogScalars(Effect):
     """
 
     values: Mapping[str, float | torch.Tensor]
+    quiet: frozenset[str] = field(default=frozenset(), repr=False)
+
+
+class UpdateScalars(NamedTuple):
+    """Scalars of one of several updates.
+
+    Args:
+        iteration: The iteration after the update.
+        event: Its event, without outputs and gradients.
+        values: Number or 0-dimensional tensor by metric key; the same object as in the row before if they are equal.
+    """
+
+    iteration: TrainingIteration
+    event: AfterUpdate
+    values: Mapping[str, float | torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LogUpdates(Effect):
+    """Write scalars of several updates to every log: a line for each, as `LogScalars` at each of them would have.
+
+    Only a callback that is called once for several updates requests it; see `noether.core.stretch`.
+
+    Args:
+        rows: The scalars of each update, in the order of the updates.
+        quiet: Keys that the console leaves out.
+    """
+
+    rows: tuple[UpdateScalars, ...]
     quiet: frozenset[str] = field(default=frozenset(), repr=False)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, SupportsFloat
 
 import torch
 
-from noether.core.effect import Effect, LogScalars
+from noether.core.effect import Effect, LogScalars, LogUpdates, UpdateScalars
 from noether.core.errors import NoetherError, suggest
 from noether.core.event import BeforeTraining
 from noether.core.state import Measured
@@ -15,6 +15,8 @@ from noether.core.tensors.tree import SCALARS, FrozenDict, plain_number
 from noether.core.text import count_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from noether.core.event import Event
     from noether.core.state import TrainState
 
@@ -48,14 +50,53 @@ def log(
     """
     if not isinstance(values, (dict, Mapping)):  # testing for a dict is faster
         raise TypeError(f"log takes values by metric key, such as {{'loss/mine': 0.5}}; got {values!r}")
-    numbers = FrozenDict(values)
-    if not _NUMBERS.issuperset(map(type, values.values())):
-        numbers = FrozenDict({key: _number(key, value) for key, value in values.items()})
+    numbers = read_numbers(values)
     effects = (LogScalars(numbers, frozenset(numbers) if quiet else _NONE),)
     if isinstance(event, BeforeTraining) and event.resumed:
         return state, effects
     measured = {key: Measured(value, state.iteration) for key, value in numbers.items()}
     return state.replace(metrics=FrozenDict({**state.metrics, **measured})), effects
+
+
+def log_updates(state: TrainState, rows: Iterable[UpdateScalars]) -> tuple[TrainState, tuple[Effect, ...]]:
+    """Record the scalars of several updates as metrics, as `log` at each of them would.
+
+    Args:
+        state: The state after the last of the updates, or a later one.
+        rows: The scalars of each update, in order, as `read_numbers` returns them; updates without any are left out.
+
+    Returns:
+        The new state, with one effect that logs all rows.
+
+    Example:
+        >>> from noether import AfterUpdate, TrainState
+        >>> first, second = TrainState().advance(samples=1), TrainState().advance(samples=1).advance(samples=1)
+        >>> rows = [UpdateScalars(each.iteration, AfterUpdate(samples=1), {"x": 0.5}) for each in (first, second)]
+        >>> state, effects = log_updates(second, rows)
+        >>> str(state.metrics["x"].iteration), len(effects[0].rows)
+        ('E0_U2_S2', 2)
+    """
+    logged = tuple(row for row in rows if row.values)
+    if not logged:
+        return state, ()
+    measured = {key: Measured(value, row.iteration) for row in logged for key, value in row.values.items()}
+    return state.replace(metrics=FrozenDict({**state.metrics, **measured})), (LogUpdates(logged),)
+
+
+def read_numbers(values: Mapping[str, torch.Tensor | SupportsFloat]) -> FrozenDict:
+    """Return metrics in types that can be saved: numbers, and tensors without a graph.
+
+    Raises:
+        ValueError: As for `log`.
+        TypeError: As for `log`.
+
+    Example:
+        >>> read_numbers({"loss": torch.tensor(0.5, requires_grad=True)})
+        FrozenDict({'loss': tensor(0.5000)})
+    """
+    if _NUMBERS.issuperset(map(type, values.values())):
+        return FrozenDict(values)
+    return FrozenDict({key: _number(key, value) for key, value in values.items()})
 
 
 _NONE: Final[frozenset[str]] = frozenset()

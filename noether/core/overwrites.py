@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.artifacts import artifact_key
 from noether.core.callback import label_of
-from noether.core.effect import LogScalars, MeasurePeakMemory, SaveTensors, SetSummary
+from noether.core.effect import LogScalars, LogUpdates, MeasurePeakMemory, SaveTensors, SetSummary
 from noether.core.errors import NoetherError
 from noether.core.tensors.tree import SCALARS
 
@@ -61,20 +61,20 @@ def _may_overwrite(requests: Sequence[tuple[Callback, Effects]]) -> bool:
     return len(metrics) < count
 
 
-_WRITING_TYPES: Final = (LogScalars, SetSummary, SaveTensors, MeasurePeakMemory)
+_WRITING_TYPES: Final = (LogScalars, LogUpdates, SetSummary, SaveTensors, MeasurePeakMemory)
 
 
 def _writes(effect: Effect) -> Iterator[tuple[tuple[str, str], Any]]:
     """Yield kind, name and value of each thing that an effect writes."""
     if isinstance(effect, LogScalars):
-        for key, value in effect.values.items():
-            yield ("metric", key), value
+        yield from ((("metric", key), value) for key, value in effect.values.items())
+    elif isinstance(effect, LogUpdates):
+        for at, _, values in effect.rows:
+            yield from (((f"metric of {at}", key), value) for key, value in values.items())
     elif isinstance(effect, SetSummary):
-        for key, value in effect.values.items():
-            yield ("summary entry", key), value
+        yield from ((("summary entry", key), value) for key, value in effect.values.items())
     elif isinstance(effect, SaveTensors):
-        for key, value in effect.tensors.items():
-            yield ("tensor", f"{effect.name}: {key}"), value
+        yield from ((("tensor", f"{effect.name}: {key}"), value) for key, value in effect.tensors.items())
     elif isinstance(effect, MeasurePeakMemory):
         yield ("metric", effect.key), effect
     elif (artifact := artifact_key(effect)) is not None:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callback import (
     attribute_of,
-    callable_while_closed,
     init_of,
     label_of,
     listens_to,
@@ -21,22 +20,19 @@ from noether.core.errors import NoetherError, suggest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
 from noether.core.metric_keys import keys_overlap
 from noether.core.overwrites import check_overwrites
-from noether.core.schedules.pending import PendingSchedules
-from noether.core.schedules.window import ALWAYS
 from noether.core.tensors.memory import check_memory, check_savable, freeze_memory
 from noether.core.tensors.tree import FrozenDict, storages
+from noether.core.update_calls import CallsAtUpdates
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from noether.core.callback import Callback, Effects
     from noether.core.effect import Effect
     from noether.core.event import Event
-    from noether.core.schedules.base import Schedule
-    from noether.core.schedules.gate import Gate
     from noether.core.state import Memory, TrainState
-
-    _Call = tuple[Callback, Callback]  # a member, and the callable to call for it
+    from noether.core.stretch import CompletedUpdate
+    from noether.core.update_calls import Call
 
 
 LOOP_MEMORY: Final = "session"
@@ -101,8 +97,9 @@ class Reducer:
         self._outermost = outermost
         # Both depend on the members and the type only, so threads may fill them in at the same time.
         self._listeners_by_event: dict[type[Event], tuple[Callback, ...]] = {}
-        self._selectors: dict[type[Event], Callable[[TrainState], tuple[_Call, ...]]] = {}
-        self._select_at_update = self._find_selector(AfterUpdate)
+        self._selectors: dict[type[Event], Callable[[TrainState], tuple[Call, ...]]] = {}
+        self._calls_at_update = CallsAtUpdates(members, AfterUpdate)
+        self._selectors[AfterUpdate] = self._calls_at_update.select
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
         """Return the state after all members, and their effects in the same order."""
@@ -112,7 +109,7 @@ class Reducer:
         requests: tuple[tuple[Callback, Effects], ...] = ()
         member: Callback = identity
         try:
-            select = self._select_at_update if type(event) is AfterUpdate else self._find_selector(type(event))
+            select = self._selectors.get(type(event)) or self._find_selector(type(event))
             for member, call in select(state):
                 result = call(state, event)
                 try:
@@ -137,6 +134,43 @@ class Reducer:
         if effects and isinstance(event, AfterAccumulationStep):
             raise ValueError(f"{effects[0]!r} was requested after an accumulation step; log and save after an update")
         return state, state.copy_aliases(effects) if effects and self._outermost else effects
+
+    def can_wait(self, state: TrainState) -> bool:
+        """Return whether `after_updates` can tell the members of the update of `state` later, with those after it.
+
+        Example:
+            >>> from noether import TrainState, every_n_updates
+            >>> reducer = compose(every_n_updates(2)(lambda state, event: (state, ())))
+            >>> state = TrainState().advance(samples=4)
+            >>> [reducer.can_wait(each) for each in (state, state.advance(samples=4))]
+            [True, False]
+        """
+        return self._calls_at_update.can_wait(state)
+
+    def after_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
+        """Return the state and the effects after several updates, in one call of each member.
+
+        Args:
+            state: The state after the last of the updates, or a later one that no member has seen.
+            updates: Updates in a row, for each of which `can_wait` returned True.
+        """
+        requests: list[tuple[Callback, Effects]] = []
+        event = updates[-1].event
+        member: Callback = identity
+        try:
+            for member, follow in self._calls_at_update.followers or ():
+                result = follow(state, updates)
+                check_result(member, result)
+                if result[0] is not state:
+                    _check_change(member, state, result, event)
+                state = result[0]
+                requests += [(member, result[1])] if result[1] else []
+            if len(requests) > 1:
+                check_overwrites(requests, event)
+        except BaseException as error:
+            _note_place(error, member, (), state, event)
+            raise
+        return state, tuple(effect for _, effects in requests for effect in effects)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.members, self._outermost)
@@ -231,13 +265,13 @@ class Reducer:
     def _memory_names(self, state: TrainState) -> tuple[str, ...]:
         return tuple(name for member in self.members for name in memory_names(member, state))
 
-    def _find_selector(self, event_type: type[Event]) -> Callable[[TrainState], tuple[_Call, ...]]:
+    def _find_selector(self, event_type: type[Event]) -> Callable[[TrainState], tuple[Call, ...]]:
         """Return the function that selects what to call at an event of this type."""
         if event_type in self._selectors:
             return self._selectors[event_type]
         calls = tuple((member, member) for member in self._listeners(event_type))
         at_update = issubclass(event_type, AfterUpdate)
-        selector = _CallsAtUpdates(self.members, event_type).select if at_update else lambda _: calls
+        selector = CallsAtUpdates(self.members, event_type).select if at_update else lambda _: calls
         self._selectors[event_type] = selector
         return selector
 
@@ -258,44 +292,6 @@ class Reducer:
 
 def _rebuild(members: tuple[Callback, ...], outermost: bool) -> Reducer:  # noqa: FBT001  # pickle passes it by position
     return Reducer(members, outermost=outermost)
-
-
-class _CallsAtUpdates:
-    """Selects what to call at an update: of most members, nothing while their gate is closed."""
-
-    def __init__(self, members: Iterable[Callback], event_type: type[Event]) -> None:
-        # In order: a member, the callable to call while it is not due, and its index in `_pending`.
-        self._members: list[tuple[Callback, Callback | None, int | None]] = []
-        pending: list[Schedule] = []
-        for member in members:
-            closed, schedule = callable_while_closed(member, event_type), _schedule_at_updates(member)
-            if schedule is None or closed is member or _is_always_due(schedule):
-                self._members.append((member, closed if schedule is None else member, None))
-            else:
-                self._members.append((member, closed, len(pending)))
-                pending.append(schedule)
-        self._pending = PendingSchedules(pending)
-        self._while_closed = self._calls(())  # the calls of most updates, at which no gate opens
-
-    def select(self, state: TrainState) -> tuple[_Call, ...]:
-        """Return the calls at the update of `state`."""
-        due = self._pending.due(state.previous, state.iteration)
-        return self._calls(due) if due else self._while_closed
-
-    def _calls(self, due: Iterable[int]) -> tuple[_Call, ...]:
-        due = frozenset(due)
-        calls = ((member, member if index in due else closed) for member, closed, index in self._members)
-        return tuple((member, call) for member, call in calls if call is not None)
-
-
-def _schedule_at_updates(member: Callback) -> Schedule | None:
-    """Return the part of a member's schedule that its gate reads at updates."""
-    gate: Gate | None = attribute_of(member, "gate")
-    return None if gate is None else gate.parts.get(AfterUpdate)
-
-
-def _is_always_due(schedule: Schedule) -> bool:
-    return any(each.interval == 1 and each.window == ALWAYS for each in schedule.members)
 
 
 _NO_EFFECTS: Final[Effects] = ()

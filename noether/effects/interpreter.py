@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import torch
 
 from noether.core.artifacts import artifact_key
-from noether.core.effect import Effect, LogScalars, SaveCheckpoint, SaveTensors, SetSummary, ShowProgress
+from noether.core.effect import Effect, LogScalars, LogUpdates, SaveCheckpoint, SaveTensors, SetSummary, ShowProgress
 from noether.core.errors import NoetherError, suggest
 from noether.core.reducer import attach_effects
 from noether.core.tensors.tree import FrozenDict
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.core.stretch import InterpretStretch
 
     Handler = Callable[[Any, TrainState, Event], None]
     Measure = Callable[[Any, TrainState, Event], Mapping[str, float]]
@@ -114,6 +115,13 @@ class Interpreter:
             error.add_note(f"raised by a handler of {name} at {state.iteration}, {type(event).__name__}")
             attach_effects(error, tuple(effects[index + 1 :]))
             raise
+
+    @property
+    def interpret_stretch(self) -> InterpretStretch | None:
+        """Runs the effects of several updates; None if it has no handler of `LogUpdates`, so each is told by itself."""
+        if LogUpdates not in self._handlers:
+            return None
+        return lambda effects, state, updates: self(effects, state, updates[-1].event)
 
     def with_handlers(self, effect_type: type[Effect], *handlers: Handler) -> Interpreter:
         """Return a new interpreter that also calls `handlers` for effects of this type, after the existing ones.

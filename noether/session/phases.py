@@ -12,11 +12,12 @@ from noether.effects.run_files import SUMMARY_FILE
 from noether.session.timing import Clock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from noether.core.callback import Effects
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.core.stretch import CompletedUpdate, InterpretStretch
     from noether.effects import RunDirectory
     from noether.effects.run_directory import Interpret
 
@@ -70,15 +71,32 @@ class PhaseTimes:
             self._evaluating_since_s = None
         is_due = False
         if isinstance(event, AfterUpdate):
-            self._updates += 1
-            self._data_s += event.data_s or 0.0
-            self._step_s += event.step_s or 0.0
+            self._count(event)
             self._written_s = self._written_s or event.time_s
             if not 0 <= event.time_s - self._written_s < _INTERVAL_S:  # negative if the clock was set back
                 self._written_s, is_due = event.time_s, True
         self._interpret(effects, state, event)
         if is_due:  # not by `interpret`, which may be a function of the user that ignores the summary
             self._directory.interpreter([SetSummary(FrozenDict(self.entry(state)))], state, event)
+
+    @property
+    def interpret_stretch(self) -> InterpretStretch | None:
+        """Runs the effects of several updates, and counts their time; None if `interpret` takes those of one only."""
+        inner: InterpretStretch | None = getattr(self._interpret, "interpret_stretch", None)
+        if inner is None:
+            return None
+
+        def interpret(effects: Effects, state: TrainState, updates: Sequence[CompletedUpdate]) -> None:
+            for _, event in updates:
+                self._count(event)
+            inner(effects, state, updates)
+
+        return interpret
+
+    def _count(self, event: AfterUpdate) -> None:
+        self._updates += 1
+        self._data_s += event.data_s or 0.0
+        self._step_s += event.step_s or 0.0
 
     def evaluate(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yield the batches of a dataset that a callback iterates, and count the time until its event is complete."""

@@ -19,6 +19,7 @@ from noether.core.event import (
 )
 from noether.core.loop import Move, dispatch, next_move
 from noether.core.pending import dispatch_pending, set_pending
+from noether.core.stretch import Stretch
 from noether.core.tensors.donation import was_donated
 from noether.core.tensors.modes import ModeWatch, describe_evaluation_mode, find_trained_parts_in_evaluation
 from noether.distributed.ranks import ONE_PROCESS, Ranks
@@ -105,16 +106,20 @@ class Trainer:
                 while (move := next_move(state, self.run)) is not Move.NOTHING and not self._is_interrupted():
                     if move is Move.UPDATE:
                         state, event, since_s = self._update(state, since_s)
-                    elif move is Move.END_EPOCH:
-                        state, event = state.next_epoch(), self._make_event(AfterEpoch, state)
+                        if self._stretch.holds(state, event):
+                            settled, event = state, None
+                            continue
+                        state = self._stretch.tell(state)
                     else:
-                        self._stop_together(state)
-                        state, event = state.replace(ended=True), self._make_event(AfterTraining, state)
+                        settled = state = self._stretch.tell(state)
+                        state, event = self._end(move, state)
+                    self._stretch.run_effects(state)
                     state = dispatch(state, event, self.reducer, self.interpreter)
                     settled, event = state, None
             except DataInterrupt:
                 settled, event = _settle(settled, state, event), None
             if settled is not None:
+                settled = self._tell_of_stretch(settled)
                 self.finish(settled)
         except BaseException as error:
             self._report(error, settled, state, event)
@@ -128,6 +133,16 @@ class Trainer:
     def _last_update(self) -> int:
         return self.run.final.update
 
+    @cached_property
+    def _stretch(self) -> Stretch:
+        return Stretch(self.reducer, self.interpreter)
+
+    def _tell_of_stretch(self, settled: TrainState) -> TrainState:
+        """Return the last settled state once the callbacks know of all updates before it."""
+        settled = self._stretch.tell(settled)
+        self._stretch.run_effects(settled)
+        return settled
+
     def _update(self, state: TrainState, since_s: float) -> tuple[TrainState, AfterUpdate, float]:
         """Return the state after one update, its event, and the time at which it was completed."""
         try:
@@ -140,6 +155,13 @@ class Trainer:
         self._sample_counts.check(state.iteration.update, event.samples)
         self._warn_of_changes(state.iteration.epoch)
         return after.advance(samples=event.samples), event, since_s
+
+    def _end(self, move: Move, state: TrainState) -> tuple[TrainState, Event]:
+        """Return the state after the end of the epoch or of training, and its event."""
+        if move is Move.END_EPOCH:
+            return state.next_epoch(), self._make_event(AfterEpoch, state)
+        self._stop_together(state)
+        return state.replace(ended=True), self._make_event(AfterTraining, state)
 
     def _make_update(self, state: TrainState, since_s: float) -> tuple[TrainState, AfterUpdate, float]:
         """Return the state after one update that is not counted yet, its event, and the time at its end."""
@@ -208,7 +230,12 @@ class Trainer:
 
     def _report(self, error: BaseException, settled: TrainState | None, state: TrainState, event: Event | None) -> None:
         at = AfterUpdate.of(run=self.run, time_s=self.clock.wall_s()) if event is None else event
-        self.fail(error, _settle(settled, state, event), state, at)
+        settled = _settle(settled, state, event)
+        try:
+            settled = None if settled is None else self._tell_of_stretch(settled)
+        except Exception:  # noqa: BLE001  # the error that is reported
+            settled = None
+        self.fail(error, settled, state, at)
 
     def _stop_together(self, state: TrainState) -> None:
         """Make sure that all ranks leave the loop, if a callback stops it."""

@@ -6,20 +6,22 @@ from functools import cached_property
 from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.effect import UpdateScalars
 from noether.core.event import AfterUpdate
 from noether.core.iteration import TrainingIteration
-from noether.core.metrics import log
+from noether.core.metrics import log, log_updates, read_numbers
 from noether.core.schedules.schedule import At
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from noether.core.callback import Effects
     from noether.core.event import Event
     from noether.core.schedules.base import Schedule
     from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
+    from noether.core.stretch import CompletedUpdate
 
 
 @final
@@ -68,22 +70,37 @@ class LrCallback(PeriodicCallback):
         """Return an empty memory if the callback has to remember learning rates."""
         return {self.name: FrozenDict()} if self._tracks else {}
 
-    def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Remember the values, for a firing at the end of an epoch or of training."""
-        return state.remember(self.name, _values_by_key(state, event)), ()
+    def track_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
+        """Remember the values of the last update, for a firing at the end of an epoch or of training."""
+        return state.remember(self.name, _values_by_key(updates[-1].event, "optim/lr" in state.metrics)), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Log the values of the last update."""
-        values = _values_by_key(state, event) if isinstance(event, AfterUpdate) else self.memory(state)
+        is_logged = "optim/lr" in state.metrics
+        values = _values_by_key(event, is_logged) if isinstance(event, AfterUpdate) else self.memory(state)
         return log(state, event, values) if values else (state, ())
 
+    def fire_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
+        """Log the values of each update."""
+        rows: list[UpdateScalars] = []
+        is_logged, before = "optim/lr" in state.metrics, None
+        for iteration, event in updates:
+            if before is None or event.lr != before.lr or event.weight_decay != before.weight_decay:
+                values = read_numbers(_values_by_key(event, is_logged))
+                is_logged = is_logged or "optim/lr" in values
+            rows.append(UpdateScalars(iteration, event, values))
+            before = event
+        return log_updates(state, rows)
 
-def _values_by_key(state: TrainState, event: AfterUpdate) -> FrozenDict:
-    """Return the learning rates and weight decays of an update by metric key."""
-    # The group that was alone at the first update keeps the key without a name.
-    alone = (
-        next(iter(event.lr or event.weight_decay), None) if len(event.lr) <= 1 or "optim/lr" in state.metrics else None
-    )
+
+def _values_by_key(event: AfterUpdate, is_logged: bool) -> FrozenDict:  # noqa: FBT001  # a local function
+    """Return the learning rates and weight decays of an update by metric key.
+
+    Args:
+        event: The event of the update.
+        is_logged: Whether `optim/lr` was logged before: the group that was alone then keeps the key without a name.
+    """
+    alone = next(iter(event.lr or event.weight_decay), None) if len(event.lr) <= 1 or is_logged else None
     readings = (("optim/lr", event.lr), ("optim/wd", event.weight_decay))
     return FrozenDict(
         {

@@ -13,13 +13,14 @@ from noether.core.tensors.losses import sum_as_total
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from noether.core.callback import Effects
     from noether.core.errors import Problem
-    from noether.core.event import AfterUpdate, Event
+    from noether.core.event import Event
     from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
+    from noether.core.stretch import CompletedUpdate
 
 
 @final
@@ -71,16 +72,19 @@ class OnlineLossCallback(PeriodicCallback):
         """Return empty sums."""
         return {self.name: FrozenDict(sums=FrozenDict(), weights=FrozenDict(), is_weighted=False)}
 
-    def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Add the losses of the update, in double precision and on their device."""
-        memory, given = self.memory(state), event.loss_weights
+    def track_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
+        """Add the losses of updates, in double precision and on their device."""
+        memory = self.memory(state)
         sums, weights = dict(memory["sums"]), dict(_weights(memory))
-        for name, loss in event.losses.items():
-            # A skipped update adds its keys with weight 0: if all updates of an interval are skipped, NaN is logged.
-            weight = 0 if event.skipped else given.get(name, event.samples)
-            sums[name] = _add(sums.get(name), loss, weight)
-            weights[name] = weights.get(name, 0) + weight
-        is_weighted = bool(given) or memory.get("is_weighted", False)
+        is_weighted = memory.get("is_weighted", False)
+        for _, event in updates:
+            given = event.loss_weights
+            is_weighted = is_weighted or bool(given)
+            for name, loss in event.losses.items():
+                # A skipped update adds its keys with weight 0: if all of an interval are skipped, NaN is logged.
+                weight = 0 if event.skipped else given.get(name, event.samples)
+                sums[name] = _add(sums.get(name), loss, weight)
+                weights[name] = weights.get(name, 0) + weight
         new = FrozenDict(sums=FrozenDict(sums), weights=FrozenDict(weights), is_weighted=is_weighted)
         return state.remember(self.name, new), ()
 

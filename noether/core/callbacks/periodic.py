@@ -26,13 +26,14 @@ from noether.core.event import (
 from noether.core.schedules.gate import Gate, Interval
 from noether.core.schedules.schedule import INTERVALS
 from noether.core.shards import check_not_sharded
+from noether.core.stretch import CompletedUpdate
 from noether.core.tensors.means import Mean, Sum
 from noether.core.tensors.module import device_of
 from noether.core.tensors.stored_weights import memory_of, use_weights
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -41,18 +42,23 @@ if TYPE_CHECKING:
     from noether.core.run import Run
     from noether.core.schedules.base import Schedule
     from noether.core.state import TrainState
+    from noether.core.update_calls import Follower
 
 __all__ = ["Mean", "PeriodicCallback", "PeriodicDataIteratorCallback", "Sum"]
 
-_PERIODIC_HOOKS: Final = ("periodic_callback", "track_after_accumulation_step", "track_after_update_step")
+_PERIODIC_HOOKS: Final = (
+    *("periodic_callback", "track_after_accumulation_step", "track_after_update_step"),
+    *("track_updates", "fire_updates"),
+)
 
 
 class PeriodicCallback(CallbackBase):
     """Base class of callbacks that fire every n epochs, updates or samples.
 
-    A subclass defines `periodic_callback`, which is called at the interval. It may define the two `track_` hooks, which
-    are called at every accumulation step and every update. At a standalone evaluation (`AtEval`) it does nothing unless
-    it defines `at_eval`.
+    A subclass defines `periodic_callback`, which is called at the interval. It may define
+    `track_after_accumulation_step`, which is called at every accumulation step, and `track_after_update_step`, which is
+    called at every update; or `track_updates` in place of the latter, which a loop may call once for several updates.
+    At a standalone evaluation (`AtEval`) it does nothing unless it defines `at_eval`.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.
@@ -146,6 +152,28 @@ class PeriodicCallback(CallbackBase):
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Return the state and effects of an update; called at each one, before `periodic_callback` if that is due."""
+        if self._tracks_several:
+            return self.track_updates(state, (CompletedUpdate(state.iteration, event),))
+        return state, ()
+
+    def track_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
+        """Return the state and effects of one or several updates; in place of `track_after_update_step`.
+
+        A subclass may define it if a call for several updates returns what a call for each of them would, in order: if
+        it reads of the state nothing but its own memory, and of the events neither outputs nor gradients.
+
+        Args:
+            state: The state after the last of the updates, or a later one.
+            updates: The updates, in order; the callback has not fired between them.
+        """
+        return state, ()
+
+    def fire_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
+        """Return the state and effects of firings at several updates in a row, for an interval of one update.
+
+        A subclass may define it under the conditions of `track_updates`; the effects have to be those of a
+        `periodic_callback` at each update, with one `LogUpdates` in place of their `LogScalars`.
+        """
         return state, ()
 
     def after_accumulation_step(self, state: TrainState, event: AfterAccumulationStep) -> tuple[TrainState, Effects]:
@@ -179,7 +207,26 @@ class PeriodicCallback(CallbackBase):
     @cached_property
     def _tracks(self) -> bool:
         """Whether a reducer has to call it at every update, even while its gate is closed."""
-        return any(self.overrides(hook, PeriodicCallback) for hook in ("track_after_update_step", "after_update"))
+        hooks = ("track_after_update_step", "track_updates", "after_update")
+        return any(self.overrides(hook, PeriodicCallback) for hook in hooks)
+
+    @cached_property
+    def _tracks_several(self) -> bool:
+        """Whether a reducer may call `track_updates` once for several updates."""
+        others = ("track_after_update_step", "after_update", "__call__")
+        return self.overrides("track_updates", PeriodicCallback) and not any(
+            self.overrides(hook, PeriodicCallback) for hook in others
+        )
+
+    @property
+    def _track_updates(self) -> Follower | None:
+        return self.track_updates if self._tracks_several else None
+
+    @property
+    def _fire_updates(self) -> Follower | None:
+        if self._tracks or not self.overrides("fire_updates", PeriodicCallback):
+            return None
+        return self.fire_updates
 
     @property
     def _tracker(self) -> Callback | None:

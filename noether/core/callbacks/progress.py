@@ -13,13 +13,14 @@ from noether.core.tensors.tree import FrozenDict
 from noether.core.text import format_duration
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from noether.core.callback import Effects
-    from noether.core.event import AfterUpdate, Event
+    from noether.core.event import Event
     from noether.core.run import Run
     from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
+    from noether.core.stretch import CompletedUpdate
 
 
 @final
@@ -63,15 +64,15 @@ class ProgressCallback(PeriodicCallback):
             self.name: FrozenDict(total_s=0.0, since_s=0.0, since_updates=0, steady_s=0.0, steady_updates=0, lines=0)
         }
 
-    def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Add the duration of the update."""
+    def track_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
+        """Add the durations of updates."""
         memory = self.memory(state)
-        memory = FrozenDict(
-            memory,
-            total_s=memory["total_s"] + event.duration_s,
-            since_s=memory["since_s"] + event.duration_s,
-            since_updates=memory["since_updates"] + 1,
-        )
+        total_s, since_s = memory["total_s"], memory["since_s"]
+        for _, event in updates:
+            total_s += event.duration_s
+            since_s += event.duration_s
+        count = memory["since_updates"] + len(updates)
+        memory = FrozenDict(memory, total_s=total_s, since_s=since_s, since_updates=count)
         return state.remember(self.name, memory), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:

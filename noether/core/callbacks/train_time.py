@@ -10,12 +10,13 @@ from noether.core.metrics import log
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from noether.core.callback import Effects
-    from noether.core.event import AfterTraining, AfterUpdate, Event
+    from noether.core.event import AfterTraining, Event
     from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
+    from noether.core.stretch import CompletedUpdate
 
 _PARTS: Final = ("data_s", "step_s", "forward_s", "backward_s", "optimizer_s")
 _NO_UPDATES: Final = FrozenDict(sum=0.0, max=0.0, updates=0)
@@ -62,18 +63,20 @@ class TrainTimeCallback(PeriodicCallback):
         """Return a memory without durations."""
         return {self.name: FrozenDict(parts=FrozenDict(), totals=FrozenDict())}
 
-    def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Add the durations of the update."""
+    def track_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
+        """Add the durations of updates."""
         memory = self.memory(state)
         parts, totals = dict(memory["parts"]), dict(memory["totals"])
         for part in _PARTS:
-            seconds = getattr(event, part)
-            if seconds is not None:
+            durations = [seconds for _, event in updates if (seconds := getattr(event, part)) is not None]
+            if durations:
                 old = parts.get(part, _NO_UPDATES)
                 parts[part] = FrozenDict(
-                    sum=old["sum"] + seconds, max=max(old["max"], seconds), updates=old["updates"] + 1
+                    sum=_add(old["sum"], durations),
+                    max=max(old["max"], *durations),
+                    updates=old["updates"] + len(durations),
                 )
-                totals[part] = totals.get(part, 0.0) + seconds
+                totals[part] = _add(totals.get(part, 0.0), durations)
         return state.remember(self.name, FrozenDict(parts=FrozenDict(parts), totals=FrozenDict(totals))), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
@@ -93,3 +96,10 @@ class TrainTimeCallback(PeriodicCallback):
         state, effects = super().after_training(state, event)
         totals = {f"train_time/{part}/total": total for part, total in self.memory(state)["totals"].items()}
         return state, (*effects, SetSummary(FrozenDict(totals))) if totals else effects
+
+
+def _add(total: float, durations: Sequence[float]) -> float:
+    """Return the sum in the order of the updates; since Python 3.12, `sum` rounds differently."""
+    for seconds in durations:
+        total += seconds
+    return total

@@ -37,6 +37,19 @@ class PendingSchedules:
         # Threads replace the cache as a whole and never change it, so each reads one that is consistent.
         self._cache = _find_thresholds(schedules, START)
 
+    def may_be_due(self, previous: TrainingIteration, iteration: TrainingIteration) -> bool:
+        """Return False only if no schedule is due at the update from `previous` to `iteration`; `due` says which are.
+
+        Example:
+            >>> from noether import EveryNUpdates, TrainingIteration
+            >>> pending = PendingSchedules([EveryNUpdates(2)])
+            >>> at = TrainingIteration
+            >>> [pending.may_be_due(at(update=u - 1), at(update=u)) for u in (1, 2)]
+            [False, True]
+        """
+        since, first, _ = self._cache
+        return not previous.reached(since) or first.reached(iteration)
+
     def due(self, previous: TrainingIteration, iteration: TrainingIteration) -> tuple[int, ...]:
         """Return the positions of the schedules that are due at the update from `previous` to `iteration`."""
         since, first, following = self._cache

@@ -211,6 +211,7 @@ def _announce_saves(interpret: Interpret, failures: Failures) -> Interpret:
         else:
             interpret(effects, state, event)
 
+    run_effects.interpret_stretch = getattr(interpret, "interpret_stretch", None)  # type: ignore[attr-defined]  # no saves
     return run_effects
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from noether.core.effect import Effect
     from noether.core.event import Event
     from noether.core.state import TrainState
+    from noether.core.stretch import InterpretStretch
     from noether.effects.run_directory import Interpret
 
 _CLOCK: Final = Clock()
@@ -54,6 +55,12 @@ class TimedSaves:
         self._interval_s = minutes * _MINUTE_S
         self._clock = clock
         self._saved_s = None if clock is None else clock.elapsed_s()
+
+    @property
+    def interpret_stretch(self) -> InterpretStretch | None:
+        """Runs the effects of several updates, without a save; None if `interpret` takes those of one only."""
+        stretch: InterpretStretch | None = getattr(self._interpret, "interpret_stretch", None)
+        return stretch
 
     def __call__(self, effects: Effects, state: TrainState, event: Event) -> None:
         """Run the effects, with a save if it is time."""

@@ -1,0 +1,115 @@
+"""Stretches: updates in a row at which no callback has to act, of which the callbacks are told together.
+
+A reducer knows from the schedules of its callbacks whether one of them is due at an update. Of most updates, callbacks
+only keep something, such as a sum of losses, and they can do that later for several at once (`track_updates` of
+`PeriodicCallback`), as long as nothing reads their memory before. So a loop may hold the events of such updates, and
+tell the callbacks before anything else happens: a callback is due, the epoch ends, the run is interrupted.
+
+A stretch lasts a quarter of a second at most, so a loop with longer updates tells of each by itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple, final
+
+from noether.core.reducer import Reducer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from noether.core.callback import Callback, Effects
+    from noether.core.event import AfterUpdate, Event
+    from noether.core.iteration import TrainingIteration
+    from noether.core.state import TrainState
+
+    InterpretStretch = Callable[[Effects, TrainState, Sequence["CompletedUpdate"]], None]
+
+_MAX_S: Final = 0.25
+_MAX_UPDATES: Final = 100
+
+
+class CompletedUpdate(NamedTuple):
+    """An update of a stretch.
+
+    Args:
+        iteration: The iteration after it.
+        event: Its event, without outputs and gradients.
+    """
+
+    iteration: TrainingIteration
+    event: AfterUpdate
+
+
+@final
+class Stretch:
+    """Holds the events of updates at which no callback has to act, and tells the callbacks of them together.
+
+    The result is that of a dispatch at each update: the same states, and the same effects, in the same order. Only an
+    interpreter with an attribute `interpret_stretch` that is not None hears of several updates at once.
+
+    Args:
+        reducer: The callbacks; only a `Reducer` knows when they are due.
+        interpreter: Runs their effects.
+
+    Example:
+        >>> from noether import BeforeTraining, OnlineLossCallback, TrainState, compose
+        >>> from noether.effects.interpreter import Interpreter
+        >>> from noether.core.effect import LogUpdates
+        >>> reducer = compose(OnlineLossCallback(every_n_updates=3))
+        >>> state = reducer(TrainState(), BeforeTraining())[0].advance(samples=4)
+        >>> stretch = Stretch(reducer, Interpreter({LogUpdates: []}))
+        >>> stretch.holds(state, AfterUpdate(samples=4, losses={"total": 0.5}))
+        True
+        >>> state = stretch.tell(state)
+        >>> state.memory("OnlineLossCallback/U3")["sums"]["total"]
+        tensor(2., dtype=torch.float64)
+    """
+
+    def __init__(self, reducer: Callback, interpreter: Callable[[Effects, TrainState, Event], None]) -> None:
+        self._interpret: InterpretStretch | None = getattr(interpreter, "interpret_stretch", None)
+        self._reducer = reducer if isinstance(reducer, Reducer) and self._interpret is not None else None
+        self._updates: list[CompletedUpdate] = []
+        self._requests: list[tuple[Effects, Sequence[CompletedUpdate]]] = []
+
+    def holds(self, state: TrainState, event: AfterUpdate) -> bool:
+        """Hold the event of an update if no callback has to act at it; return whether it is held.
+
+        Args:
+            state: The state after the update.
+            event: Its event, which nothing else has seen yet. If it is held, it loses its outputs and gradients.
+        """
+        if self._reducer is None or self._is_long(event) or not self._reducer.can_wait(state):
+            return False
+        # Outputs may be large, and no callback that reads them can wait.
+        vars(event).update(outputs=None, gradients=None)
+        self._updates.append(CompletedUpdate(state.iteration, event))
+        return True
+
+    def tell(self, state: TrainState) -> TrainState:
+        """Tell the callbacks of all updates that are held, and return the new state; then call `run_effects`.
+
+        Args:
+            state: The state after the last of these updates, or a later one that no callback has seen.
+        """
+        if self._reducer is None or not self._updates:
+            return state
+        updates = tuple(self._updates)
+        state, effects = self._reducer.after_updates(state, updates)
+        self._updates.clear()
+        self._requests.append((effects, updates))
+        return state
+
+    def run_effects(self, state: TrainState) -> None:
+        """Run the effects of the updates that the callbacks were told of, on the state that `tell` returned."""
+        while self._interpret is not None and self._requests:
+            effects, updates = self._requests.pop(0)
+            self._interpret(effects, state, updates)
+
+    def _is_long(self, event: AfterUpdate) -> bool:
+        if event.duration_s >= _MAX_S:
+            return True
+        updates = self._updates
+        # The difference is negative if the clock was set back.
+        return bool(updates) and (
+            len(updates) >= _MAX_UPDATES or not 0 <= event.time_s - updates[0].event.time_s < _MAX_S
+        )

@@ -1,0 +1,79 @@
+"""What a reducer calls at an update: of most members, nothing while their gate is closed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+from noether.core.callback import attribute_of, callable_while_closed
+from noether.core.event import AfterUpdate
+from noether.core.schedules.pending import PendingSchedules
+from noether.core.schedules.window import ALWAYS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from noether.core.callback import Callback, Effects
+    from noether.core.event import Event
+    from noether.core.schedules.base import Schedule
+    from noether.core.schedules.gate import Gate
+    from noether.core.state import TrainState
+    from noether.core.stretch import CompletedUpdate
+
+    Call = tuple[Callback, Callback]  # a member, and the callable to call for it
+    Follower = Callable[[TrainState, Sequence[CompletedUpdate]], tuple[TrainState, Effects]]
+
+
+@final
+class CallsAtUpdates:
+    """Selects what to call at an update: of most members, nothing while their gate is closed."""
+
+    def __init__(self, members: Iterable[Callback], event_type: type[Event]) -> None:
+        # In order: a member, the callable to call while it is not due, and its index in `_pending`.
+        self._members: list[tuple[Callback, Callback | None, int | None]] = []
+        pending: list[Schedule] = []
+        for member in members:
+            closed, schedule = callable_while_closed(member, event_type), _schedule_at_updates(member)
+            if schedule is None or closed is member or _is_always_due(schedule):
+                self._members.append((member, closed if schedule is None else member, None))
+            else:
+                self._members.append((member, closed, len(pending)))
+                pending.append(schedule)
+        self._pending = PendingSchedules(pending)
+        self._while_closed = self._calls(())  # the calls of most updates, at which no gate opens
+        self.followers = _find_followers(self._while_closed)
+        """What to call once for several updates at which no gate opens; None if a member has to be called at each."""
+
+    def can_wait(self, state: TrainState) -> bool:
+        """Return whether the followers can be called later for the update of `state`."""
+        return self.followers is not None and not self._pending.may_be_due(state.previous, state.iteration)
+
+    def select(self, state: TrainState) -> tuple[Call, ...]:
+        """Return the calls at the update of `state`."""
+        due = self._pending.due(state.previous, state.iteration)
+        return self._calls(due) if due else self._while_closed
+
+    def _calls(self, due: Iterable[int]) -> tuple[Call, ...]:
+        due = frozenset(due)
+        calls = ((member, member if index in due else closed) for member, closed, index in self._members)
+        return tuple((member, call) for member, call in calls if call is not None)
+
+
+def _find_followers(calls: Sequence[Call]) -> tuple[tuple[Callback, Follower], ...] | None:
+    """Return members with their functions for several updates, at each of which a reducer would make these calls."""
+    found: list[tuple[Callback, Follower]] = []
+    for member, call in calls:
+        follower = getattr(member, "_fire_updates" if call is member else "_track_updates", None)
+        if follower is None:
+            return None
+        found.append((member, follower))
+    return tuple(found)
+
+
+def _schedule_at_updates(member: Callback) -> Schedule | None:
+    """Return the part of a member's schedule that its gate reads at updates."""
+    gate: Gate | None = attribute_of(member, "gate")
+    return None if gate is None else gate.parts.get(AfterUpdate)
+
+
+def _is_always_due(schedule: Schedule) -> bool:
+    return any(each.interval == 1 and each.window == ALWAYS for each in schedule.members)
