@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from noether.core.tensors.torch_internals import foreach_add_
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
+
+_C_TYPES: Final = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
 STEP_COUNTER: Final = "step"
 """Key of the counter in an optimizer's memory of a parameter."""
@@ -44,3 +49,30 @@ def move_memory(memory: Mapping[str, Any], device: torch.device, *, on_device: b
         key: value.to(device) if isinstance(value, torch.Tensor) and (on_device or key != STEP_COUNTER) else value
         for key, value in memory.items()
     }
+
+
+def make_increment(counters: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """Return a function that adds 1 to each counter in place, to the bits of torch.
+
+    It writes to the memory of counters on the CPU itself: an operation of torch on a tensor without dimensions takes
+    more than a microsecond, and there is a counter for each parameter.
+
+    Args:
+        counters: 0-dimensional; the function holds them.
+
+    Example:
+        >>> counter = torch.tensor(2.0)
+        >>> make_increment([counter])()
+        >>> counter
+        tensor(3.)
+    """
+    if not all(type(each) is torch.Tensor and each.is_cpu and each.dtype in _C_TYPES for each in counters):
+        return lambda: foreach_add_(counters, 1)
+    # A view by numpy would be one more user of the storage, and updates copy what has other users.
+    numbers = [(_C_TYPES[each.dtype].from_address(each.data_ptr()), each) for each in counters]
+
+    def increment() -> None:
+        for number, _ in numbers:  # the counter holds the memory of the number
+            number.value += 1
+
+    return increment

@@ -13,7 +13,7 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from noether.core.tensors import torch_internals
-from noether.core.tensors.step_counters import STEP_COUNTER, counts_on_device
+from noether.core.tensors.step_counters import STEP_COUNTER, counts_on_device, make_increment
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -124,9 +124,10 @@ def _make_fused_adam_writer(
     means, squares, steps = ([tensors[key] for tensors in memory] for key in ("exp_avg", "exp_avg_sq", STEP_COUNTER))
     kernel = torch_internals.fused_adamw_ if settings["decoupled_weight_decay"] else torch_internals.fused_adam_
     (beta1, beta2), fixed = settings["betas"], {name: settings[name] for name in _FUSED_SETTINGS}
+    count_step = make_increment(steps)
 
     def write(changes: Mapping[str, Any], grads: list[Tensor]) -> None:
-        torch_internals.foreach_add_(steps, 1)
+        count_step()
         kernel(params, grads, means, squares, [], steps, beta1=beta1, beta2=beta2, **{**fixed, **changes})
 
     return write
