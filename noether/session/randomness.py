@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 GENERATORS: Final = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 """Types of generators that an object may hold, beside the global ones."""
 
+_HAS_MPS: Final = torch.backends.mps.is_available()
+# The global generators themselves: every update seeds them, and by `np.random.seed` and `random.seed` it would take a
+# third longer in a loop over the same batch, and in training, where caches are cold, twice as long.
+_NUMPY: Final[np.random.RandomState] = np.random.rand.__self__  # type: ignore[attr-defined]  # a bound method
+_PYTHON: Final[random.Random] = random.random.__self__  # type: ignore[attr-defined]  # likewise
+_seed_python: Final = super(random.Random, _PYTHON).seed
+"""Does what `random.seed` does with a number, but keeps the second of a pair of numbers of `random.gauss`."""
+
 
 def derive(seed: int, purpose: str, *counts: int) -> int:
     """Return a seed for one purpose of a run, in [0, 2**63).
@@ -41,7 +49,7 @@ def seed_torch(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
         torch.cuda.manual_seed_all(seed)
-    if torch.backends.mps.is_available():
+    if _HAS_MPS:
         torch.mps.manual_seed(seed)
 
 
@@ -53,8 +61,12 @@ def seed_all(seed: int, generators: Sequence[Any] = ()) -> None:
         generators: Objects, each one of `GENERATORS`.
     """
     seed_torch(seed)
-    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  # numpy's global functions draw from this generator
-    random.seed(seed)
+    try:
+        _NUMPY.seed(seed & 0xFFFFFFFF)
+    except TypeError:  # a user's `np.random.set_bit_generator`
+        np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  # as above
+    _seed_python(seed)
+    _PYTHON.gauss_next = None  # type: ignore[attr-defined]  # typed as private
     for index, generator in enumerate(generators):
         seed_generator(generator, derive(seed, "generator", index))
 
@@ -82,7 +94,7 @@ def preserve_generators(*generators: Any) -> Iterator[None]:
     """
     cpu, numbers, python = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002  # as above
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch has no type here
-    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    mps = torch.mps.get_rng_state() if _HAS_MPS else None
     states = [_state_of(generator) for generator in generators]
     try:
         yield

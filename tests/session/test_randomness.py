@@ -52,6 +52,35 @@ def draw():
     return torch.rand(4).tolist(), np.random.rand(4).tolist(), [random.random() for _ in range(4)]  # noqa: NPY002, S311  # the global generators are tested
 
 
+def draw_pairs():
+    """Return numbers of which a generator computes two at once and keeps the second."""
+    return np.random.standard_normal(), random.gauss()  # noqa: NPY002  # as above
+
+
+@given(st.integers(0, 2**63 - 1))
+def test_seed_all_begins_the_streams_of_the_public_functions(seed):
+    np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  # as above
+    random.seed(seed)
+    expected = draw_pairs(), draw()[1:]
+    np.random.seed(0)  # noqa: NPY002  # as above
+    random.seed(0)
+    draw_pairs()
+    seed_all(seed)
+    assert (draw_pairs(), draw()[1:]) == expected
+
+
+def test_seed_all_seeds_another_generator_that_numpy_was_given():
+    before = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(np.random.PCG64())
+        seed_all(3)
+        first = draw()
+        seed_all(3)
+        assert draw() == first
+    finally:
+        np.random.set_bit_generator(before)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1])
 def test_seed_all_seeds_all_three(seed):
     seed_all(seed)
