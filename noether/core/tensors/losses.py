@@ -71,7 +71,7 @@ def read_losses(result: Any, function: Callable[..., Any]) -> Losses:
         >>> loss_weights(read_losses({"ce": Mean(torch.tensor(2.0), weight=12)}, torch.nn.functional.cross_entropy))
         {'ce': 12}
     """
-    if not isinstance(result, Mapping):
+    if not isinstance(result, (dict, Mapping)):  # testing for a dict is faster
         if not isinstance(result, (Tensor, Mean)):
             raise TypeError(_describe_result(result, function))
         result = {"loss": result}

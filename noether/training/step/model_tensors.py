@@ -70,10 +70,11 @@ class ModelTensors:
     @classmethod
     def of(cls, state: TrainState, model: nn.Module) -> Self | None:
         """Return the tensors of `model` that store params and optimizer memory of `state`, or None."""
-        if not isinstance(state.params, DonatedTree) or not isinstance(state.opt_state, DonatedTree):
+        params, opt_state = vars(state)["params"], vars(state)["opt_state"]  # a view is not donated: no need to read it
+        if type(params) is not DonatedTree or type(opt_state) is not DonatedTree:
             return None
-        owner = state.params.owner
-        return owner if isinstance(owner, cls) and owner.model is model and state.opt_state.owner is owner else None
+        owner = params.owner
+        return owner if isinstance(owner, cls) and owner.model is model and opt_state.owner is owner else None
 
     def bind(self) -> None:
         """Prepare the model for a call: its parameters are the tensors."""

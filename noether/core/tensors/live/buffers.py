@@ -208,7 +208,9 @@ class BufferPlaces:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._constructed = describe_constructed(model)
-        self._dicts = [(f"{path}." if path else "", buffers_in(module)) for path, module in named_modules(model)]
+        modules = named_modules(model)
+        self._prefixes = [f"{path}." if path else "" for path, _ in modules]
+        self._dicts = [buffers_in(module) for _, module in modules]
         self._read_places()
 
     def collect(self, state: TrainState) -> Mapping[str, Tensor]:
@@ -259,24 +261,24 @@ class BufferPlaces:
     @contextmanager
     def exchange(self, buffers: Mapping[str, Tensor]) -> Iterator[None]:
         """Return a context in which the model has copies of other buffers."""
-        before = [dict(place.items()) for _, place in self._dicts]
+        before = [dict(place.items()) for place in self._dicts]
         self.place(buffers)
         try:
             yield
         finally:
-            for (_, place), held in zip(self._dicts, before, strict=True):
+            for place, held in zip(self._dicts, before, strict=True):
                 for key in [key for key in place.keys() if key not in held]:  # noqa: SIM118  # TorchScript has no other
                     del place[key]
                 for key, buffer in held.items():
                     place[key] = buffer
 
     def _count(self) -> int:
-        return sum([len(place) for _, place in self._dicts])
+        return sum(map(len, self._dicts))
 
     def _read_places(self) -> None:
         first: dict[int, str] = {}
         self._places: list[tuple[dict[str, Any], str, str, str]] = []
-        for prefix, place in self._dicts:
+        for prefix, place in zip(self._prefixes, self._dicts, strict=True):
             for key, buffer in place.items():
                 name = prefix + key
                 alias = name if buffer is None else first.setdefault(id(buffer), name)
