@@ -21,6 +21,7 @@ from noether.effects.disk.json_numbers import NUMBER_TYPES
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+    from noether.core.effect import UpdateScalars
     from noether.core.event import Event
     from noether.core.state import TrainState
     from noether.core.stretch import InterpretStretch
@@ -67,6 +68,9 @@ class Interpreter:
         check: Callable[[TrainState, Event], None] = lambda state, event: None,  # noqa: ARG005  # names the arguments
     ) -> None:
         self._handlers = {effect_type: tuple(each) for effect_type, each in handlers.items()}
+        self._on_all_ranks = {
+            effect_type: tuple(filter(_is_on_all_ranks, each)) for effect_type, each in self._handlers.items()
+        }
         self._measures = dict(measures or {})
         self._unmeasured = self._handlers.keys() - self._measures.keys()
         self._check_background = check
@@ -76,7 +80,8 @@ class Interpreter:
 
         On ranks other than 0, only handlers that are marked with `on_all_ranks` run.
 
-        Handlers of `LogScalars` receive plain numbers: tensors on an accelerator are read here, in one transfer.
+        Handlers of `LogScalars` and `LogUpdates` receive plain numbers: tensors on an accelerator are read here, in one
+        transfer.
 
         Raises:
             UnhandledEffectError: If an effect has no handler; then no effect is run.
@@ -91,40 +96,29 @@ class Interpreter:
                     self._require_handler(type(effect))
                     self._require_handler(LogScalars)  # the measured values are logged
                     measured = True
+            handlers = self._handlers
             if event.run.rank != 0:
-                effects = [
-                    effect for effect in effects if any(map(_is_on_all_ranks, self._handlers.get(type(effect), ())))
-                ]
+                handlers = self._on_all_ranks
+                effects = [effect for effect in effects if handlers.get(type(effect))]
             elif measured:
                 effects = [each for effect in effects for each in self._replace_by_scalars(effect, state, event)]
         except Exception as error:
             attach_effects(error, tuple(effects))
             raise
-        self._run_merged(merge_effects(effects), state, event)
-
-    def _run_merged(self, effects: Sequence[Effect], state: TrainState, event: Event) -> None:
-        index = 0
-        try:
-            for index, merged in enumerate(effects):  # noqa: B007  # the error needs the index
-                effect = _read_tensors(merged)
-                for handler in self._handlers[type(effect)]:
-                    if event.run.rank == 0 or _is_on_all_ranks(handler):
-                        handler(effect, state, event)
-        except Exception as error:
-            name = type(effects[index]).__name__
-            error.add_note(f"raised by a handler of {name} at {state.iteration}, {type(event).__name__}")
-            attach_effects(error, tuple(effects[index + 1 :]))
-            raise
+        _run_merged(merge_effects(effects), handlers, state, event)
 
     @property
     def interpret_stretch(self) -> InterpretStretch | None:
-        """Runs the effects of several updates; None if it has no handler of `LogUpdates`, so each is told by itself."""
+        """Runs the effects of several updates; None if it has no handler of `LogUpdates`: call it at each."""
         if LogUpdates not in self._handlers:
             return None
         return lambda effects, state, updates: self(effects, state, updates[-1].event)
 
     def with_handlers(self, effect_type: type[Effect], *handlers: Handler) -> Interpreter:
         """Return a new interpreter that also calls `handlers` for effects of this type, after the existing ones.
+
+        With handlers added for `LogScalars`, it does not handle `LogUpdates` any more: the new handlers get the scalars
+        of each update, with the state of that update.
 
         Example:
             >>> from dataclasses import dataclass
@@ -139,6 +133,8 @@ class Interpreter:
             ding ding
         """
         table = {**self._handlers, effect_type: (*self._handlers.get(effect_type, ()), *handlers)}
+        if effect_type is LogScalars:  # the handlers of several updates do not call the new ones
+            table.pop(LogUpdates, None)
         return Interpreter(table, self._measures, self._check_background)
 
     def handles(self, effect_type: type[Effect]) -> bool:
@@ -170,6 +166,22 @@ class Interpreter:
             )
 
 
+def _run_merged(
+    effects: Sequence[Effect], handlers: Mapping[type[Effect], Sequence[Handler]], state: TrainState, event: Event
+) -> None:
+    index = 0
+    try:
+        for index, merged in enumerate(effects):  # noqa: B007  # the error needs the index
+            effect = _read_tensors(merged)
+            for handler in handlers[type(effect)]:
+                handler(effect, state, event)
+    except Exception as error:
+        name = type(effects[index]).__name__
+        error.add_note(f"raised by a handler of {name} at {state.iteration}, {type(event).__name__}")
+        attach_effects(error, tuple(effects[index + 1 :]))
+        raise
+
+
 def _is_on_all_ranks(handler: Any) -> bool:
     """Return whether a handler is marked; so is one with bound settings or in a wrapper, if what it calls is marked."""
     while handler is not None:
@@ -181,22 +193,37 @@ def _is_on_all_ranks(handler: Any) -> bool:
 
 def _read_tensors(effect: Effect) -> Effect:
     """Return scalars as numbers; those on an accelerator are read in one transfer."""
-    if not isinstance(effect, LogScalars) or NUMBER_TYPES.issuperset(map(type, effect.values.values())):
-        return effect
-    numbers = dict(effect.values)
-    on_device = [key for key, value in numbers.items() if isinstance(value, torch.Tensor) and value.is_cuda]
+    if isinstance(effect, LogScalars) and not _are_numbers(effect.values):
+        (numbers,) = _read_numbers([effect.values])
+        return LogScalars(numbers, effect.quiet)
+    if isinstance(effect, LogUpdates):
+        different = {id(row.values): row.values for row in effect.rows}
+        if not all(map(_are_numbers, different.values())):
+            read = dict(zip(different, _read_numbers(list(different.values())), strict=True))
+            return LogUpdates(tuple(row._replace(values=read[id(row.values)]) for row in effect.rows), effect.quiet)
+    return effect
+
+
+def _are_numbers(values: Mapping[str, Any]) -> bool:
+    return NUMBER_TYPES.issuperset(map(type, values.values()))
+
+
+def _read_numbers(mappings: Sequence[Mapping[str, Any]]) -> list[FrozenDict]:
+    tensors = {id(value): value for values in mappings for value in values.values() if isinstance(value, torch.Tensor)}
+    on_device = [key for key, value in tensors.items() if value.is_cuda]
+    numbers = {key: value.item() for key, value in tensors.items() if not value.is_cuda}
     if on_device:
-        stacked = torch.stack([torch.as_tensor(numbers[key]).detach().double() for key in on_device]).tolist()
+        stacked = torch.stack([tensors[key].detach().double() for key in on_device]).tolist()
         numbers |= dict(zip(on_device, stacked, strict=True))
-    numbers = {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in numbers.items()}
-    return LogScalars(FrozenDict(numbers), effect.quiet)
+    return [FrozenDict({key: numbers.get(id(value), value) for key, value in each.items()}) for each in mappings]
 
 
 def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
     """Merge the effects of one event: one log line, one checkpoint per tag, logs before checkpoints.
 
     Scalars, summary entries and tensors of one name are united; a later value replaces an earlier one, and so does a
-    later artifact of one key. Of several `ShowProgress` the last due one remains, or the last if none is due.
+    later artifact of one key. Rows of several `LogUpdates` are united by update, and stay in the order of the updates.
+    Of several `ShowProgress` the last due one remains, or the last if none is due.
     Checkpoints of one tag are united and come last, so that a checkpoint is never ahead of the log. A request for
     `TAG.latest` joins that for `TAG` if this is for the whole state, too. Those to resume from come first: from one of
     them, the others can be made again.
@@ -207,53 +234,82 @@ def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
     """
     if len(effects) == 1:  # the usual case
         return tuple(effects)
-    # A line is written only where progress is due, so a `ShowProgress` that is due comes last.
-    progress = sorted((effect for effect in effects if isinstance(effect, ShowProgress)), key=lambda each: each.due)
-    last = {key: effect for effect in effects if (key := artifact_key(effect)) is not None}
-    others = [
-        effect
-        for effect in effects
-        if not isinstance(effect, _MERGED_TYPES) and last.get(artifact_key(effect) or "", effect) is effect
-    ]
-    merged = (
-        *_merge_scalars(effects),
-        *_merge_summary(effects),
-        *_merge_tensors(effects),
-        *_merge_checkpoints(effects),
-    )
-    return (*others, *progress[-1:], *merged)
+    groups: dict[type[Effect] | None, list[Any]] = {}
+    for effect in effects:
+        groups.setdefault(_find_merged_type(type(effect)), []).append(effect)
+    others = groups.get(None, [])
+    last = {key: effect for effect in others if (key := artifact_key(effect)) is not None}
+    merged = [effect for effect in others if not last or last.get(artifact_key(effect) or "", effect) is effect]
+    for effect_type, merge in _MERGES.items():
+        if effect_type in groups:
+            merged += merge(groups[effect_type])
+    return tuple(merged)
 
 
-_MERGED_TYPES: Final = (LogScalars, SetSummary, ShowProgress, SaveTensors, SaveCheckpoint)
+def _find_merged_type(effect_type: type[Effect]) -> type[Effect] | None:
+    """Return which of the merged types a type of effect is; None if its effects are not merged."""
+    return next((merged for merged in _MERGES if issubclass(effect_type, merged)), None)
 
 
-def _merge_scalars(effects: Sequence[Effect]) -> tuple[LogScalars, ...]:
-    scalars = [effect for effect in effects if isinstance(effect, LogScalars)]
-    if not scalars:
-        return ()
-    values = {key: value for effect in scalars for key, value in effect.values.items()}
-    quiet = {key: key in effect.quiet for effect in scalars for key in effect.values}
-    return (LogScalars(FrozenDict(values), frozenset(key for key, is_quiet in quiet.items() if is_quiet)),)
+def _choose_progress(effects: Sequence[ShowProgress]) -> tuple[ShowProgress]:
+    # A line is written only where progress is due, so the last one that is due remains.
+    return (max(reversed(effects), key=lambda each: each.due),)
 
 
-def _merge_summary(effects: Sequence[Effect]) -> tuple[SetSummary, ...]:
-    entries = [effect.values for effect in effects if isinstance(effect, SetSummary)]
-    if not entries:
-        return ()
-    return (SetSummary(FrozenDict({key: value for values in entries for key, value in values.items()})),)
+def _merge_updates(effects: Sequence[LogUpdates]) -> tuple[LogUpdates]:
+    if len(effects) == 1:
+        return (effects[0],)
+    rows: dict[int, UpdateScalars] = {}
+    united: dict[tuple[int, int], FrozenDict] = {}  # rows that had the same objects have the same one again
+    quiet: dict[str, bool] = {}
+    for effect in effects:
+        for row in effect.rows:
+            update, values = row.iteration.update, row.values
+            if update in rows:
+                before = rows[update].values
+                pair = id(before), id(values)
+                values = united.get(pair) or united.setdefault(pair, FrozenDict({**before, **values}))
+            rows[update] = row._replace(values=values)
+        keys = set().union(*{id(row.values): row.values for row in effect.rows}.values())
+        quiet |= {key: key in effect.quiet for key in keys}
+    return (LogUpdates(tuple(row for _, row in sorted(rows.items())), _quiet_keys(quiet)),)
 
 
-def _merge_tensors(effects: Sequence[Effect]) -> tuple[SaveTensors, ...]:
+def _merge_scalars(effects: Sequence[LogScalars]) -> tuple[LogScalars]:
+    values = {key: value for effect in effects for key, value in effect.values.items()}
+    quiet = {key: key in effect.quiet for effect in effects for key in effect.values}
+    return (LogScalars(FrozenDict(values), _quiet_keys(quiet)),)
+
+
+def _quiet_keys(is_quiet: Mapping[str, bool]) -> frozenset[str]:
+    return frozenset(key for key, quiet in is_quiet.items() if quiet)
+
+
+def _merge_summary(effects: Sequence[SetSummary]) -> tuple[SetSummary]:
+    return (SetSummary(FrozenDict({key: value for effect in effects for key, value in effect.values.items()})),)
+
+
+def _merge_tensors(effects: Sequence[SaveTensors]) -> Iterator[SaveTensors]:
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for effect in effects:
-        if isinstance(effect, SaveTensors):
-            by_name.setdefault(effect.name, {}).update(effect.tensors)
-    return tuple(SaveTensors(name=name, tensors=FrozenDict(tensors)) for name, tensors in by_name.items())
+        by_name.setdefault(effect.name, {}).update(effect.tensors)
+    return (SaveTensors(name=name, tensors=FrozenDict(tensors)) for name, tensors in by_name.items())
 
 
-def _merge_checkpoints(effects: Sequence[Effect]) -> tuple[SaveCheckpoint, ...]:
+def _merge_checkpoints(effects: Sequence[SaveCheckpoint]) -> Iterator[SaveCheckpoint]:
     saves = tuple(sorted(_unite_newest(unite_saves(effects)), key=_can_be_resumed, reverse=True))
-    return tuple(dataclasses.replace(save, event_saves=saves) for save in saves)
+    return (dataclasses.replace(save, event_saves=saves) for save in saves)
+
+
+_MERGES: Final[Mapping[type[Effect], Callable[[Any], Iterable[Effect]]]] = {
+    ShowProgress: _choose_progress,
+    LogUpdates: _merge_updates,
+    LogScalars: _merge_scalars,
+    SetSummary: _merge_summary,
+    SaveTensors: _merge_tensors,
+    SaveCheckpoint: _merge_checkpoints,
+}
+"""How the effects of each type are merged, in the order in which they run, after all others."""
 
 
 def unite_saves(effects: Iterable[Effect]) -> list[SaveCheckpoint]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, ParamSpec, Self, final
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, final
 
 from noether.core.effect import MeasurePeakMemory, SaveCheckpoint
 from noether.core.errors import NoetherError
@@ -39,10 +39,10 @@ if TYPE_CHECKING:
     from noether.effects.checkpoints.saver import OnError
     from noether.effects.console.run_panels import RunPanel
     from noether.effects.disk.calls import Disk
-    from noether.effects.logs.jsonl import ToLine
     from noether.effects.run_logs import LogService
 
     Interpret = Callable[[Effects, TrainState, Event], None]
+    BuildLine = Callable[[Effects, TrainState, Event], Mapping[str, Any]]
 
 _Arguments = ParamSpec("_Arguments")
 _LOGGER: Final = logging.getLogger(__name__)
@@ -352,16 +352,16 @@ class RunDirectory:
         """Return a log handler that never stops training: its errors are reported and counted under `name`."""
         return self._logs.guard(name, write)
 
-    def recording_interpreter(self, interpreter: Interpret, to_line: ToLine) -> Interpret:
+    def recording_interpreter(self, interpreter: Interpret, build_line: BuildLine) -> Interpret:
         """Return an interpreter that writes a line to `events.jsonl` at each event, and then runs the effects.
 
         Args:
             interpreter: Runs the effects.
-            to_line: Returns the line of an event, such as the result of `event_line_builder`.
+            build_line: Returns the line of an event, such as the result of `event_line_builder`.
         """
 
         def write(effects: Effects, state: TrainState, event: Event) -> None:
-            self._logs.events.write(to_line(effects, state, event), state, event)
+            self._logs.events.write(build_line(effects, state, event), state, event)
 
         record = self.guard_log(EVENTS_FILE, write)
 

@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, final
 
 from noether.core.artifacts import ARTIFACTS
-from noether.core.effect import LogScalars, LogText, SaveTensors, SetSummary, ShowProgress
+from noether.core.effect import LogScalars, LogText, LogUpdates, SaveTensors, SetSummary, ShowProgress
 from noether.core.file_names import escape_path
 from noether.core.text import count_of, escape_controls
 from noether.effects.artifacts.files import ArtifactFiles, artifact_handlers
@@ -15,7 +15,8 @@ from noether.effects.disk.files import make_directories, replace_file
 from noether.effects.disk.finalizers import finalize
 from noether.effects.disk.path_checks import RunMovedError
 from noether.effects.disk.tensor_files import tensor_pieces
-from noether.effects.logs.jsonl import UNKNOWN_COUNT, LinesFile, LogCount, metrics_file
+from noether.effects.logs.jsonl import UNKNOWN_COUNT, LinesFile, LogCount
+from noether.effects.logs.metrics import metrics_file
 from noether.effects.logs.summary import Summary
 from noether.effects.run_files import EVENTS_FILE, METRICS_FILE, SUMMARY_FILE
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from noether.effects.run_access import RunAccess
 
 
-LOG_EFFECTS: Final = (LogScalars, LogText, SetSummary, ShowProgress, SaveTensors, *ARTIFACTS)
+LOG_EFFECTS: Final = (LogScalars, LogUpdates, LogText, SetSummary, ShowProgress, SaveTensors, *ARTIFACTS)
 """Types of effects that write logs: an error in one of their handlers does not stop training."""
 
 _Arguments = ParamSpec("_Arguments")
@@ -164,12 +165,18 @@ class RunLogs:
         files = ArtifactFiles(self._access.path, self._access.check, self._metrics.write, self._disk)
         texts = [("console", console.write_text), *((service.name, service.log_text) for service in services)]
         artifacts = [("artifacts", files.write), *((service.name, service.log_artifact) for service in services)]
+        sent = [guard(service.name, service.log_scalars) for service in services]
         return {
             **artifact_handlers([guard(name, write) for name, write in texts], guard, artifacts),
             LogScalars: [
                 guard(METRICS_FILE, self._metrics.write),
                 guard("console", console.write_scalars),
-                *(guard(service.name, service.log_scalars) for service in services),
+                *sent,
+            ],
+            LogUpdates: [
+                guard(METRICS_FILE, self._metrics.write_updates),
+                guard("console", console.write_updates),
+                *map(_handle_each, sent),
             ],
             SetSummary: [
                 guard(SUMMARY_FILE, self._summary.set),
@@ -271,6 +278,20 @@ class RunLogs:
         path = self._access.path / "tensors" / f"{escape_path(effect.name)}.safetensors"
         make_directories(path.parent, self._disk)
         replace_file(path, tensor_pieces(effect.tensors), self._disk)
+
+
+def _handle_each(handle: Handler) -> Handler:
+    """Return a handler of `LogUpdates` that calls a handler of `LogScalars` for each update."""
+
+    def handle_updates(effect: LogUpdates, state: TrainState, _event: Event) -> None:
+        for row in effect.rows:
+            handle(
+                LogScalars(row.values, effect.quiet & row.values.keys()),
+                state.replace(iteration=row.iteration),
+                row.event,
+            )
+
+    return handle_updates
 
 
 def _call_all(functions: Iterable[Callable[[], None]]) -> None:

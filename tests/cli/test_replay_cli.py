@@ -19,7 +19,7 @@ from noether.effects.disk.calls import DISK
 from noether.effects.disk.json_numbers import to_plain
 from noether.effects.interpreter import merge_effects
 from noether.effects.logs.events import read_events
-from noether.effects.logs.jsonl import event_name
+from noether.effects.logs.metrics import event_name
 from noether.planning.replay import initial_state, replay
 from noether.testing import same
 from noether.training.configured_callbacks import build_callbacks

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from noether import AfterUpdate, LogScalars, TrainState
-from noether.effects.logs.jsonl import metrics_file
+from noether.effects.logs.metrics import metrics_file
 from noether.reports.reading.log_lines import LogLines
 from noether.reports.reading.metrics_log import parse_metrics
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from rich.console import Console as RichConsole
 from rich.text import Text
 
+from noether.core.effect import LogScalars
 from noether.core.estimates import known_end
 from noether.core.event import AfterTraining, AfterUpdate, AtEval
 from noether.core.text import escape_controls
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from noether.core.callback import Callback
-    from noether.core.effect import LogScalars, LogText, ShowProgress
+    from noether.core.effect import LogText, LogUpdates, ShowProgress
     from noether.core.event import Event
     from noether.core.run import Run
     from noether.core.state import TrainState
@@ -101,6 +102,11 @@ class Console:
         style = TerminalStyle(has_colors=has_colors, has_unicode=self._console.encoding.startswith("utf"))
         return LiveRegion(self.view, self._rows, self._measure, style)
 
+    @property
+    def has_display(self) -> bool:
+        """Whether there is a live display: on a terminal or in a notebook."""
+        return self._live is not None
+
     def watch(self, callbacks: Iterable[Callback], state: TrainState) -> None:
         """Show the metrics that callbacks watch on the live display, with their best.
 
@@ -111,7 +117,10 @@ class Console:
         self.view.watch(callbacks, state)
 
     def observe(self, state: TrainState, event: Event) -> None:
-        """Pass the newest iteration to the live display; called at every event, so it has to be cheap."""
+        """Pass the newest iteration to the live display; called at every event if there is one, so it has to be cheap.
+
+        Without a live display, only events with a line have to be observed, and the console does that itself.
+        """
         self.view.newest = state.iteration, state.epoch_start
         if event.run is not self._run or type(event) is AfterTraining:
             self._begin_or_end(event)
@@ -159,7 +168,7 @@ class Console:
         if effect.is_progress and self._live is not None and self._live.is_shown:
             return
         text = escape_controls(effect.text.replace("\r\n", "\n"), keep="\n\t")
-        self._write(self._add_label(state, text.splitlines() or [""]), event)
+        self._write_lines(text.splitlines() or [""], state, event)
 
     def write_scalars(self, effect: LogScalars, state: TrainState, event: Event) -> None:
         """Write metrics as one line of columns: a handler of `LogScalars`."""
@@ -176,11 +185,19 @@ class Console:
         if isinstance(event, AfterUpdate):
             self._last_update_s = event.time_s
         if not has_display:
-            self._write(self._add_label(state, [format_line(metrics)]), event)
+            self._write_lines([format_line(metrics)], state, event)
         elif self._changed is not None and (
             line := self._changed.describe(metrics, self._console.width - self._label_width - 2)
         ):
-            self._write(self._add_label(state, [line]), event)
+            self._write_lines([line], state, event)
+
+    def write_updates(self, effect: LogUpdates, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
+        """Write the metrics of several updates as `write_scalars` at each of them: a handler of `LogUpdates`."""
+        for row in effect.rows:
+            if self._live is None and self._is_early(row.event, _UPDATE_INTERVAL_S):
+                continue  # before anything is made for it
+            scalars = LogScalars(row.values, effect.quiet)
+            self.write_scalars(scalars, state.replace(iteration=row.iteration), row.event)
 
     def _is_early(self, event: Event, interval_s: float) -> bool:
         """Return whether the line of an update would follow the one before within an interval."""
@@ -191,14 +208,11 @@ class Console:
             and 0 <= event.time_s - self._last_update_s < interval_s
         )
 
-    def _add_label(self, state: TrainState, lines: Sequence[str]) -> str:
-        return add_label(state, lines, self._label_width)
-
     def show_progress(self, effect: ShowProgress, state: TrainState, event: Event) -> None:
         """Show progress on the live display, or write a line if the effect is due: the handler of `ShowProgress`."""
         if self._live is None:
             if effect.due:
-                self._write(self._add_label(state, [describe_progress(effect, state)]), event)
+                self._write_lines([describe_progress(effect, state)], state, event)
             return
         self._live.raise_error()
         self.view.progress = None if isinstance(event, AfterTraining) else effect
@@ -249,13 +263,16 @@ class Console:
         if self._live is not None:
             self._live.stop()
 
-    def _write(self, lines: str, event: Event) -> None:
-        """Write lines, and start the heartbeat if training continues after the event."""
-        self._print(lines)
+    def _write_lines(self, lines: Sequence[str], state: TrainState, event: Event) -> None:
+        """Write lines with the iteration, and start the heartbeat if training continues after the event."""
+        if self._live is None:
+            self.observe(state, event)
+        text = add_label(state, lines, self._label_width)
+        self._print(text)
         if isinstance(event, AfterTraining):
             self._stop_heartbeat()
             return
-        self._last_lines = lines, monotonic()
+        self._last_lines = text, monotonic()
         if self._timer is None:  # a running timer sees the new lines; a thread for each line would cost more
             self._start_timer(_HEARTBEAT_S)
 
@@ -272,9 +289,11 @@ class Console:
                 lines = lines.encode(encoding, "backslashreplace").decode(encoding)
                 self._console.print(lines, markup=False, emoji=False)
                 return
-            text = Text(lines)
-            text.expand_tabs(self._console.tab_size)
-            write_unbuffered(output, f"{text.plain}\n")
+            if not lines.isprintable():
+                text = Text(lines)
+                text.expand_tabs(self._console.tab_size)
+                lines = text.plain
+            write_unbuffered(output, f"{lines}\n")
 
     @contextmanager
     def _at_line_start(self) -> Iterator[None]:

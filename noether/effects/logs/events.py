@@ -18,7 +18,7 @@ from noether.core.metric_keys import keys_overlap
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.disk.files import read_file
 from noether.effects.disk.json_numbers import NUMBERS, json_number
-from noether.effects.logs.jsonl import event_name, position_fields
+from noether.effects.logs.metrics import event_name, position_fields
 from noether.effects.logs.resumption import LogError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def event_line_builder(
         }
         defaults = _DEFAULTS.get(kind_of(type(event)), _EMPTY).items()
         changed = {name: value for name, default in defaults if (value := getattr(event, name)) is not default}
-        line = {**position_fields(state, event), "readings": _encode_scalars(changed)}
+        line = {**position_fields(state.iteration, event), "readings": _encode_scalars(changed)}
         if kind_of(type(event)) not in _DEFAULTS:
             line["custom"] = True
         if values:

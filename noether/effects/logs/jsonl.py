@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import errno
-import functools
 import json
 import logging
+import math
 import os
-import re
 import threading
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, final
 
-from noether.core.event import AfterUpdate, kind_of
+from noether.core.event import AfterUpdate
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import os_error_text, read_file, replace_file
-from noether.effects.disk.json_numbers import NUMBER_TYPES, to_plain
+from noether.effects.disk.json_numbers import to_plain
 from noether.effects.disk.path_checks import RunMovedError, require_in_place
 from noether.effects.logs.buffers import FlushInterval, discard_after_fork
 from noether.effects.logs.resumption import ResumePoint, lines_before_resume
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from noether.core.effect import LogScalars
+    from noether.core.effect import LogUpdates
     from noether.core.event import Event
+    from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
     from noether.effects.disk.calls import Disk
 
-    ToLine = Callable[[Any, TrainState, Event], Mapping[str, Any]]
+    ToLine = Callable[[Any, TrainingIteration, Event], Any]
 
 _LOGGER: Final = logging.getLogger(__name__)
 _JSON: Final = json.JSONEncoder(allow_nan=False)
@@ -51,56 +50,27 @@ class LogCount(NamedTuple):
 UNKNOWN_COUNT: Final = LogCount()
 
 
-def event_name(event: Event) -> str:
-    """Return the name of an event in logs, such as `after_update`."""
-    return _snake_case(kind_of(type(event)).__name__)
-
-
-@functools.cache
-def _snake_case(name: str) -> str:
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-
-
-def position_fields(state: TrainState, event: Event) -> dict[str, Any]:
-    """Return the fields that every log line begins with: the event's name, the counters and the time."""
-    name, iteration = event_name(event), state.iteration
-    return {
-        "event": name,
-        "epoch": iteration.epoch,
-        "update": iteration.update,
-        "sample": iteration.sample,
-        "time_s": event.time_s,
-    }
-
-
 def do_nothing() -> None:
     """Check nothing: the check of a file that belongs to no run."""
 
 
-def metrics_file(
-    path: Path, run_id: str = "", disk: Disk = DISK, check_location: Callable[[], None] = do_nothing
-) -> LinesFile:
-    """Return the metrics file of a run; its `write` is a handler of `LogScalars` and writes one line.
+def encode_json(value: Any) -> str:
+    """Return the JSON of plain values; tensors, NaN and the infinities are written as `to_plain` returns them.
 
-    It also writes the entries of artifacts by key, in lines that have no metrics.
+    Raises:
+        TypeError: If there are other objects.
+        ValueError: If an integer is too long.
 
-    Args:
-        path: The file; created with its first line.
-        run_id: Name of the run, on every line.
-        disk: The disk.
-        check_location: As in `LinesFile`.
+    Example:
+        >>> encode_json({"loss": 0.5, "grad_norm": float("nan")})
+        '{"loss": 0.5, "grad_norm": "NaN"}'
     """
-    return LinesFile(path, partial(_metrics_line, run_id), disk, check_location)
-
-
-def _metrics_line(run_id: str, content: LogScalars | dict[str, Any], state: TrainState, event: Event) -> dict[str, Any]:
-    if isinstance(content, dict):
-        return {"run": run_id, **position_fields(state, event), "metrics": {}, "artifacts": content}
-    # Copied, and without tensors, because the line may be buffered.
-    values = dict(content.values)
-    if not NUMBER_TYPES.issuperset(map(type, values.values())):
-        values = to_plain(values)
-    return {"run": run_id, **position_fields(state, event), "metrics": values}
+    if type(value) is float and math.isfinite(value):
+        return repr(value)
+    try:
+        return _JSON.encode(value)
+    except (TypeError, ValueError):  # rare: not only strings and finite numbers
+        return _JSON.encode(to_plain(value))
 
 
 @final
@@ -117,22 +87,29 @@ class LinesFile:
 
     Args:
         path: The file; created with its first line.
-        to_line: `(content, state, event) -> line`, a line with at least the fields of `position_fields`. `content`
-            is one effect, or all effects of the event. The line must hold plain values: the buffer would keep a tensor
-            alive, or donation would overwrite it.
+        to_line: `(content, iteration, event) -> line`, a line with at least the fields of `position_fields`. `content`
+            is one effect, one row of `LogUpdates`, or all effects of the event. The line must hold plain values: the
+            buffer would keep a tensor alive, or donation would overwrite it.
         disk: The disk.
         check_location: Raises `RunMovedError` if the directory of the run was moved; called before the file is created.
+        encode: Returns the JSON of a line; called where lines are written, in their order, by one thread at a time.
     """
 
     def __init__(
-        self, path: Path, to_line: ToLine, disk: Disk = DISK, check_location: Callable[[], None] = do_nothing
+        self,
+        path: Path,
+        to_line: ToLine,
+        disk: Disk = DISK,
+        check_location: Callable[[], None] = do_nothing,
+        encode: Callable[[Any], str] = encode_json,
     ) -> None:
         self._path = path
         self._to_line = to_line
+        self._encode = encode
         self._disk = disk
         self._check_location = check_location
         self._lock = threading.Lock()
-        self._buffer: list[Mapping[str, Any]] = []
+        self._buffer: list[Any] = []
         self._interval = FlushInterval(AfterUpdate)
         self._file: int | None = None
         self._size = 0  # bytes of the whole lines
@@ -157,7 +134,7 @@ class LinesFile:
             Exception: The error of `to_line`; the line is counted as lost.
         """
         try:
-            line = self._to_line(content, state, event)
+            line = self._to_line(content, state.iteration, event)
         except Exception:
             with self._lock:
                 self._add_counts(lost=1)
@@ -165,6 +142,29 @@ class LinesFile:
         self._buffer.append(line)
         if self._interval.is_due(event) or len(self._buffer) >= _BUFFER_LINES:
             self.flush()
+
+    def write_updates(self, effect: LogUpdates, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
+        """Append a line for each row, as `write` at its update would; they are flushed together.
+
+        Raises:
+            OSError: As `flush`.
+            Exception: The first error of `to_line`; such a row is counted as lost, and the other rows have their lines.
+        """
+        errors: list[Exception] = []
+        is_due = False
+        for row in effect.rows:
+            try:
+                self._buffer.append(self._to_line(row, row.iteration, row.event))
+            except Exception as error:  # noqa: BLE001  # one bad row must not affect the others
+                errors.append(error)
+            is_due = self._interval.is_due(row.event) or is_due
+        if errors:
+            with self._lock:
+                self._add_counts(lost=len(errors))
+        if is_due or len(self._buffer) >= _BUFFER_LINES:
+            self.flush()
+        if errors:
+            raise errors[0]
 
     def discard_buffer(self) -> None:
         """Discard the buffered lines."""
@@ -258,13 +258,24 @@ class LinesFile:
         if not lines:
             return
         self._add_counts(lost=len(lines))  # until they are written, in case of an error
-        encoded, errors = _encode_lines(lines)
+        encoded, errors = self._encode_lines(lines)
         if encoded:
             self._append(b"".join(encoded))
             self._add_counts(lines=len(encoded), lost=-len(encoded))
             self._require_in_place()
         if errors:
             raise errors[0]
+
+    def _encode_lines(self, lines: Sequence[Any]) -> tuple[list[bytes], list[Exception]]:
+        """Return lines as JSON, and the errors of the lines that are not JSON."""
+        encoded: list[bytes] = []
+        errors: list[Exception] = []
+        for line in lines:
+            try:
+                encoded.append(f"{self._encode(line)}\n".encode())
+            except Exception as error:  # noqa: BLE001  # one bad line must not affect the others
+                errors.append(error)
+        return encoded, errors
 
     def _add_counts(self, *, lines: int = 0, lost: int = 0) -> None:
         self._counts = LogCount((self._counts.lines or 0) + lines, self._counts.lost + lost)
@@ -331,19 +342,3 @@ class LinesFile:
         self._fsync_failed = False
         self._close_file()
         self._open_file()
-
-
-def _encode_lines(lines: Sequence[Mapping[str, Any]]) -> tuple[list[bytes], list[Exception]]:
-    """Return lines as JSON, and the errors of the lines that are not JSON."""
-    encoded: list[bytes] = []
-    errors: list[Exception] = []
-    for line in lines:
-        try:
-            try:
-                text = _JSON.encode(line)
-            except (TypeError, ValueError):  # rare: not only strings and finite numbers
-                text = _JSON.encode(to_plain(line))
-            encoded.append((text + "\n").encode())
-        except Exception as error:  # noqa: BLE001  # one bad line must not affect the others
-            errors.append(error)
-    return encoded, errors

@@ -15,7 +15,7 @@ from noether.core.iteration import TrainingIteration
 from noether.effects.artifacts.png import png_size
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import read_file
-from noether.effects.logs.jsonl import event_name
+from noether.effects.logs.metrics import event_name
 from noether.effects.logs.resumption import ResumePoint
 
 if TYPE_CHECKING:

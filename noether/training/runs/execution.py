@@ -47,8 +47,7 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.distributed.failures import Failures
     from noether.effects import Interpreter, RunDirectory
-    from noether.effects.logs.jsonl import ToLine
-    from noether.effects.run_directory import Interpret
+    from noether.effects.run_directory import BuildLine, Interpret
     from noether.training.data.interruptible import Watch
     from noether.training.experiment import Experiment
     from noether.training.runs.interruption import Interruption
@@ -280,7 +279,7 @@ def write_ending(
     interpreter([SetSummary(entries)], run.state, AfterTraining(run=experiment.run))
 
 
-def event_recorder(reducer: Reducer) -> ToLine:
+def event_recorder(reducer: Reducer) -> BuildLine:
     """Return the function that turns each event into a line of `events.jsonl`, for a later replay.
 
     Args:

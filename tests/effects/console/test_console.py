@@ -374,8 +374,7 @@ def test_labels_are_as_wide_as_the_last_iteration_of_the_run(console):
     run = Run(end=end, updates_per_epoch=1000, samples_per_epoch=4000, effective_batch_size=4)
     last = TrainState(iteration=run.iteration_after(10**6))
     for state in (at(1), last):
-        target.observe(state, AfterUpdate(run=run, samples=4))
-        target.write_scalars(LogScalars({"loss": NAN}), state, AfterEpoch())
+        target.write_scalars(LogScalars({"loss": NAN}), state, AfterEpoch(run=run))
     first, second = printed()
     assert second.startswith("E1000_U1000000_S4000000 ")
     assert first.index("loss") == second.index("loss")

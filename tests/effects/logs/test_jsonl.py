@@ -26,7 +26,8 @@ from noether import (
 )
 from noether.effects.disk.calls import Disk, fsync
 from noether.effects.disk.json_numbers import to_plain
-from noether.effects.logs.jsonl import LinesFile, LogCount, event_name, metrics_file
+from noether.effects.logs.jsonl import LinesFile, LogCount
+from noether.effects.logs.metrics import event_name, metrics_file
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

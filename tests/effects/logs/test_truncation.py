@@ -12,7 +12,8 @@ from noether import (
     LogScalars,
 )
 from noether.effects import LogError
-from noether.effects.logs.jsonl import LogCount, metrics_file
+from noether.effects.logs.jsonl import LogCount
+from noether.effects.logs.metrics import metrics_file
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
