@@ -404,17 +404,18 @@ def _event_check(
 ) -> Callable[[TrainState, Event], None]:
     """Return a function that refuses a closed run, raises the error of a failed save, and flushes once a second.
 
-    On rank 0 it also shows the state on the live display.
+    On rank 0 it also shows the state on the live display, if there is one.
     """
-    interval = FlushInterval(AfterUpdate, AfterEpoch)
-    observe = console.observe if access.writes else None
+    interval, running = FlushInterval(AfterUpdate, AfterEpoch), saver.running
+    observe = console.observe if access.writes and console.has_display else None
 
     def check(state: TrainState, event: Event) -> None:
         if observe is not None:
             observe(state, event)
         if access.refusal is not None:
             access.require_open()
-        saver.check()
+        if running:
+            saver.check()
         if interval.is_due(event):
             logs.flush_files()
 

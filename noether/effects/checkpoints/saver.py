@@ -89,14 +89,15 @@ class Saver:
         self._is_first = is_first
         self._is_joint = False  # whether all ranks take part in the saves that are running
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="noether-save") if asynchronous else None
-        self._running: list[Future[None]] = []
+        self.running: list[Future[None]] = []
+        """The background saves that `check` has not seen to end: always the same list."""
         self._running_for: tuple[Event, TrainingIteration] | None = None
         self.waited_s = 0.0
         """Seconds for which training waited for saves."""
         self.background_s = 0.0
         """Seconds in which a background thread wrote checkpoints."""
         # At exit Python waits for the thread, but does not report its errors.
-        finalize(self, _log_errors, self._running)
+        finalize(self, _log_errors, self.running)
 
     @on_all_ranks
     def save(self, effect: SaveCheckpoint, state: TrainState, event: Event) -> None:
@@ -130,7 +131,7 @@ class Saver:
                 copied = state.replace(**{name: clone_tensors(getattr(state, name)) for name in _TREES})
             else:
                 copied = lease(state)
-            self._running.append(self._worker.submit(self._write_in_background, partial(write, state=copied)))
+            self.running.append(self._worker.submit(self._write_in_background, partial(write, state=copied)))
 
     def complete(self, manifest: Manifest) -> None:
         """Carry out what the event of the checkpoint that a run resumes from requested and a crash prevented.
@@ -157,8 +158,8 @@ class Saver:
 
     def _raise_ended(self) -> None:
         errors: list[BaseException] = []
-        while self._running and self._running[0].done():
-            error = self._running.pop(0).exception()
+        while self.running and self.running[0].done():
+            error = self.running.pop(0).exception()
             if error is not None and str(error) not in map(str, errors):
                 errors.append(error)
         for other in errors[1:]:
@@ -176,7 +177,7 @@ class Saver:
             self._wait()
 
     def _wait(self) -> None:
-        wait(self._running)
+        wait(self.running)
         self._running_for = None
         self._raise_ended()
 

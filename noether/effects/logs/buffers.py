@@ -37,11 +37,12 @@ class FlushInterval:
 
     def is_due(self, event: Event) -> bool:
         """Return whether to flush at this event."""
-        if not isinstance(event, self._event_types) or not event.time_s:
+        time_s = event.time_s
+        if not isinstance(event, self._event_types) or not time_s:
             return True
-        if 0 <= event.time_s - self._last_s < _INTERVAL_S:
+        if 0 <= time_s - self._last_s < _INTERVAL_S:
             return False
-        self._last_s = event.time_s
+        self._last_s = time_s
         return True
 
 

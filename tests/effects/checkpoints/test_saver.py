@@ -99,7 +99,7 @@ def run_with_failed_save(folder, **settings):
 
 def wait_quietly(directory):
     """Wait for background saves without raising their errors."""
-    for future in directory._saver._running:  # noqa: SLF001  # the public way to wait raises
+    for future in directory._saver.running:  # noqa: SLF001  # the public way to wait raises
         future.exception()
 
 

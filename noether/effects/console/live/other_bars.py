@@ -39,10 +39,9 @@ def hide_other_bars(file: IO[str]) -> AbstractContextManager[Any]:
     """
     if _ANNOUNCED:
         file.write("\r\x1b[2K" if _is_terminal(file) else "\n")
-    tqdm = _find_tqdm()
-    if tqdm is None or not _tqdm_bars():
+    if not _tqdm_bars():
         return nullcontext()
-    context: AbstractContextManager[Any] = tqdm.external_write_mode(file=file)
+    context: AbstractContextManager[Any] = _find_tqdm().external_write_mode(file=file)
     return context
 
 
@@ -63,9 +62,11 @@ def _find_tqdm() -> Any:
 
 def _tqdm_bars() -> list[Any]:
     """Return the open bars of tqdm on a terminal."""
-    tqdm = _find_tqdm()
-    bars = list(getattr(tqdm, "_instances", ()))  # a copy, because other threads open and close bars
-    return [bar for bar in bars if not bar.disable and _is_terminal(getattr(bar, "fp", None))]
+    bars = getattr(_find_tqdm(), "_instances", ())
+    if not bars:
+        return []
+    # A copy, because other threads open and close bars.
+    return [bar for bar in list(bars) if not bar.disable and _is_terminal(getattr(bar, "fp", None))]
 
 
 def _is_terminal(file: Any) -> bool:
