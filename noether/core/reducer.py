@@ -135,6 +135,11 @@ class Reducer:
             raise ValueError(f"{effects[0]!r} was requested after an accumulation step; log and save after an update")
         return state, state.copy_aliases(effects) if effects and self._outermost else effects
 
+    @property
+    def follows_updates(self) -> bool:
+        """Whether there may be updates of which the members can hear later: `can_wait`."""
+        return self._calls_at_update.followers is not None
+
     def can_wait(self, state: TrainState) -> bool:
         """Return whether `after_updates` can tell the members of the update of `state` later, with those after it.
 

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple, final
 
+from noether.core.callback import listens_to
+from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.reducer import Reducer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from noether.core.callback import Callback, Effects
-    from noether.core.event import AfterUpdate, Event
+    from noether.core.event import Event
     from noether.core.iteration import TrainingIteration
     from noether.core.state import TrainState
 
@@ -50,6 +52,8 @@ class Stretch:
     Args:
         reducer: The callbacks; only a `Reducer` knows when they are due.
         interpreter: Runs their effects.
+        max_s: Seconds that a stretch lasts at most, by the times of events.
+        max_updates: Updates of a stretch at most.
 
     Example:
         >>> from noether import BeforeTraining, OnlineLossCallback, TrainState, compose
@@ -65,9 +69,18 @@ class Stretch:
         tensor(2., dtype=torch.float64)
     """
 
-    def __init__(self, reducer: Callback, interpreter: Callable[[Effects, TrainState, Event], None]) -> None:
+    def __init__(
+        self,
+        reducer: Callback,
+        interpreter: Callable[[Effects, TrainState, Event], None],
+        *,
+        max_s: float = _MAX_S,
+        max_updates: int = _MAX_UPDATES,
+    ) -> None:
         self._interpret: InterpretStretch | None = getattr(interpreter, "interpret_stretch", None)
-        self._reducer = reducer if isinstance(reducer, Reducer) and self._interpret is not None else None
+        can_wait = isinstance(reducer, Reducer) and not listens_to(reducer, AfterAccumulationStep)
+        self._reducer = reducer if isinstance(reducer, Reducer) and can_wait and self._interpret else None
+        self._max_s, self._max_updates = max_s, max_updates
         self._updates: list[CompletedUpdate] = []
         self._requests: list[tuple[Effects, Sequence[CompletedUpdate]]] = []
 
@@ -78,7 +91,9 @@ class Stretch:
             state: The state after the update.
             event: Its event, which nothing else has seen yet. If it is held, it loses its outputs and gradients.
         """
-        if self._reducer is None or self._is_long(event) or not self._reducer.can_wait(state):
+        if self._reducer is None or type(event) is not AfterUpdate:
+            return False
+        if self._is_long(event) or not self._reducer.can_wait(state):
             return False
         # Outputs may be large, and no callback that reads them can wait.
         vars(event).update(outputs=None, gradients=None)
@@ -106,10 +121,8 @@ class Stretch:
             self._interpret(effects, state, updates)
 
     def _is_long(self, event: AfterUpdate) -> bool:
-        if event.duration_s >= _MAX_S:
-            return True
-        updates = self._updates
+        if not self._updates:
+            return event.duration_s >= self._max_s
         # The difference is negative if the clock was set back.
-        return bool(updates) and (
-            len(updates) >= _MAX_UPDATES or not 0 <= event.time_s - updates[0].event.time_s < _MAX_S
-        )
+        lasts_s = event.time_s - self._updates[0].event.time_s
+        return len(self._updates) >= self._max_updates or not 0 <= lasts_s < self._max_s

@@ -12,6 +12,7 @@ from noether.testing.laws import check_composition, check_resumable
 from noether.testing.models import ModelArguments
 from noether.testing.purity import ImpureError, call_purely, check_pure
 from noether.testing.schedule_laws import check_schedule
+from noether.testing.stretches import check_stretches
 from noether.testing.traces import DrivenRun, Reading, Trace, drive, effects_of
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "check_rank_agreement",
     "check_resumable",
     "check_schedule",
+    "check_stretches",
     "differences",
     "drive",
     "effects_of",

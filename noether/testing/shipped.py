@@ -16,6 +16,7 @@ from noether.testing.agreement import check_rank_agreement
 from noether.testing.independence import check_independent
 from noether.testing.laws import check_composition, check_resumable
 from noether.testing.purity import check_pure
+from noether.testing.stretches import check_stretches
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -150,6 +151,7 @@ LAWS: Final[dict[str, Callable[[Callback, int], None]]] = {
     "resumable": lambda tested, examples: check_resumable(tested, examples=examples),
     "rank agreement": lambda tested, examples: check_rank_agreement(tested, examples=examples),
     "composition": lambda tested, examples: check_composition(tested, _note, _stop, examples=examples),
+    "stretches": lambda tested, examples: check_stretches(tested, examples=examples),
     "independence": lambda tested, examples: check_independent(tested, _note, examples=examples),
 }
 """Each law by name, as a function of a callback and the number of runs to try."""

@@ -196,7 +196,7 @@ def drive(callback: Callback, trace: Trace, state: TrainState | None = None, *, 
         >>> [effect.text for effect in effects_of(drive(say, Trace(run)), LogText)]
         ['E0_U2_S6', 'E1_U4_S12']
     """
-    reducer, run = compose(callback), trace.run  # a reducer fills in the memory that is missing
+    reducer = compose(callback)  # it fills in the memory that is missing
     driven: list[tuple[Event, TrainState, Effects]] = []
 
     def dispatch(state: TrainState, event: Event) -> TrainState:
@@ -204,6 +204,21 @@ def drive(callback: Callback, trace: Trace, state: TrainState | None = None, *, 
         driven.append((event, state, effects))
         return state
 
+    run_loop(trace, dispatch, state, resumed=resumed)
+    events, states, effects = zip(*driven, strict=True)
+    return DrivenRun(events, states, effects)
+
+
+def run_loop(trace: Trace, dispatch: Dispatch, state: TrainState | None = None, *, resumed: bool = False) -> None:
+    """Call `dispatch` for every event of a run.
+
+    Args:
+        trace: The run.
+        dispatch: `(state, event) -> state`.
+        state: As for `drive`.
+        resumed: As for `drive`.
+    """
+    run = trace.run
     if state is None:
         state, resumed = trace.start(), trace.first_update > 0
     state = dispatch(state, trace.event(BeforeTraining, resumed=resumed, time_s=_time_s(state, trace)))
@@ -222,8 +237,6 @@ def drive(callback: Callback, trace: Trace, state: TrainState | None = None, *, 
             state = _update(state, trace, dispatch)
         if _place(state) in trace.interruptions:
             state = dispatch(state, trace.event(BeforeTraining, resumed=True, time_s=_time_s(state, trace)))
-    events, states, effects = zip(*driven, strict=True)
-    return DrivenRun(events, states, effects)
 
 
 def effects_of(stream: DrivenRun | Iterable[Effects], kind: type[_EffectType]) -> list[_EffectType]:

@@ -1,0 +1,137 @@
+"""The law that callbacks which hear of several updates at once do what they would do at each."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Final, final
+
+from hypothesis import strategies as st
+
+from noether.core.callback import label_of, listens_to
+from noether.core.effect import LogScalars, LogUpdates
+from noether.core.event import AfterAccumulationStep, AfterUpdate
+from noether.core.reducer import compose
+from noether.core.stretch import Stretch
+from noether.testing.counterexamples import LawError
+from noether.testing.functions import copy_callback
+from noether.testing.law_runs import check_runs
+from noether.testing.metric_source import add_metric_source
+from noether.testing.run_differences import compare_runs
+from noether.testing.traces import DrivenRun, drive, run_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Unpack
+
+    from hypothesis.strategies import SearchStrategy
+
+    from noether.core.callback import Callback, Effects
+    from noether.core.event import Event
+    from noether.core.iteration import TrainingIteration
+    from noether.core.reducer import Reducer
+    from noether.core.state import TrainState
+    from noether.core.stretch import CompletedUpdate
+    from noether.testing.models import ModelArguments
+    from noether.testing.traces import Trace
+
+    Traces = SearchStrategy[Trace] | None
+
+_EXAMPLES: Final = 100
+_LONGEST: Final = 8
+_VIOLATION: Final = (
+    "does something else when a loop tells it of several updates at once; track_updates may read of the state only its "
+    "own memory, and has to take the updates in order: it differs from a run that tells of each update"
+)
+
+
+def check_stretches(
+    callback: Callback, *, traces: Traces = None, examples: int = _EXAMPLES, **model: Unpack[ModelArguments]
+) -> None:
+    """Raise unless a run in which a loop tells of several updates at once equals one in which it tells of each.
+
+    States and effects are compared at every event that is dispatched by itself, and of the others the scalars that are
+    logged. The trainer tells of updates at which no callback is due, and of which all callbacks can hear later: see
+    `PeriodicCallback.track_updates`.
+
+    Args:
+        callback: Any callback.
+        traces: The runs to try; None for all kinds, long enough for the schedules of the callback.
+        examples: Largest number of runs to try, >= 1.
+        model: What the callback sees of the model: `model=`, `losses=`, `outputs=`, `groups=`, `data=`, `forward=`; see
+            `noether.testing.ModelArguments`.
+
+    Raises:
+        LawError: With the simplest run that differs, and the first difference.
+
+    Example:
+        >>> from noether import LrCallback
+        >>> check_stretches(LrCallback(every_n_updates=1), examples=5)
+    """
+    waited: list[bool] = []  # for each run in which the callbacks can hear of updates later
+
+    def law(trace: Trace, longest: int) -> None:
+        complete = add_metric_source(callback, finite=trace.finite_metrics)
+        expected = drive(copy_callback(complete), trace)
+        reducer = compose(copy_callback(complete))
+        found = _StretchedRun(reducer, longest)
+        run_loop(trace, found.dispatch)
+        if reducer.follows_updates:
+            waited.append(found.has_waited)
+        compare_runs(callback, _VIOLATION, found.compared_to(expected), expected, trace)
+
+    check_runs(callback, law, st.integers(2, _LONGEST), traces=traces, examples=examples, model=model)
+    if waited and not any(waited):
+        raise LawError(f"{label_of(callback)} never heard of an update later; give traces=... with longer epochs")
+
+
+@final
+class _StretchedRun:
+    """A run in which callbacks hear of up to `longest` updates at once, as long as none of them is due."""
+
+    def __init__(self, reducer: Reducer, longest: int) -> None:
+        self.has_waited = False
+        self._reducer = reducer
+        self._stretch = Stretch(reducer, self, max_s=math.inf, max_updates=longest)
+        self._driven: list[tuple[Event, TrainState, Effects]] = []
+        self._waiting: set[int] = set()  # indexes of events of which callbacks hear later, or never
+        self._logged: dict[TrainingIteration, Effects] = {}
+
+    def dispatch(self, state: TrainState, event: Event) -> TrainState:
+        """Return the state after an event, of which the callbacks may hear later."""
+        effects: Effects = ()
+        if self._waits(state, event):
+            self._waiting.add(len(self._driven))
+        else:
+            state = self._stretch.tell(state)
+            self._stretch.run_effects(state)
+            state, effects = self._reducer(state, event)
+        self._driven.append((event, state, effects))
+        return state
+
+    def _waits(self, state: TrainState, event: Event) -> bool:
+        if isinstance(event, AfterUpdate):
+            return self._stretch.holds(state, event)
+        return isinstance(event, AfterAccumulationStep) and not listens_to(self._reducer, type(event))
+
+    def __call__(self, effects: Effects, state: TrainState, event: Event) -> None:
+        """Do nothing: the effects of a single event are kept by `dispatch`."""
+
+    def interpret_stretch(self, effects: Effects, _: TrainState, updates: Sequence[CompletedUpdate]) -> None:
+        """Keep what is logged of each update."""
+        self.has_waited = self.has_waited or bool(updates)
+        for effect in effects:
+            if not isinstance(effect, LogUpdates):
+                raise LawError(f"{effect!r} was requested for several updates: only LogUpdates can be")
+            for row in effect.rows:
+                scalars = LogScalars(row.values, effect.quiet)
+                self._logged[row.iteration] = (*self._logged.get(row.iteration, ()), scalars)
+
+    def compared_to(self, expected: DrivenRun) -> DrivenRun:
+        """Return the run with the expected states at updates of which the callbacks heard later."""
+        complete: list[tuple[Event, TrainState, Effects]] = []
+        for index, (driven, theirs) in enumerate(zip(self._driven, expected.states, strict=False)):
+            event, state, _ = driven
+            logged = self._logged.get(state.iteration, ()) if isinstance(event, AfterUpdate) else ()
+            complete.append((event, theirs, logged) if index in self._waiting else driven)
+        events, states, effects = zip(*complete, strict=True)
+        return DrivenRun(events, states, effects)
