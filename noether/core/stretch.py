@@ -1,4 +1,4 @@
-"""Stretches: updates in a row at which no callback has to act, of which the callbacks are told together.
+"""Stretches: updates in a row at which no callback has to act, and of which callbacks hear together.
 
 A reducer knows from the schedules of its callbacks whether one of them is due at an update. Of most updates, callbacks
 only keep something, such as a sum of losses, and they can do that later for several at once (`track_updates` of
@@ -115,7 +115,7 @@ class Stretch:
         return state
 
     def run_effects(self, state: TrainState) -> None:
-        """Run the effects of the updates that the callbacks were told of, on the state that `tell` returned."""
+        """Run the effects that callbacks requested in `tell`, on the state that it returned."""
         while self._interpret is not None and self._requests:
             effects, updates = self._requests.pop(0)
             self._interpret(effects, state, updates)
