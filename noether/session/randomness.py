@@ -6,6 +6,7 @@ import hashlib
 import random
 import struct
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 GENERATORS: Final = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 """Types of generators that an object may hold, beside the global ones."""
 
+_BLOCK: Final = 64
+_HAS_CUDA: Final[bool] = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 _HAS_MPS: Final = torch.backends.mps.is_available()
 # The global generators themselves: every update seeds them, and by `np.random.seed` and `random.seed` it would take a
 # third longer in a loop over the same batch, and in training, where caches are cold, twice as long.
@@ -43,11 +46,26 @@ def derive(seed: int, purpose: str, *counts: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
+def update_seed(seed: int, update: int, rank: int) -> int:
+    """Return `derive(seed, "update", update, rank)`, of which it computes 64 at once: they take less time in a row.
+
+    Example:
+        >>> update_seed(3, 100, 0) == derive(3, "update", 100, 0)
+        True
+    """
+    return _update_seeds(seed, update // _BLOCK, rank)[update % _BLOCK]
+
+
+@lru_cache(maxsize=16)
+def _update_seeds(seed: int, block: int, rank: int) -> list[int]:
+    return [derive(seed, "update", update, rank) for update in range(block * _BLOCK, (block + 1) * _BLOCK)]
+
+
 def seed_torch(seed: int) -> None:
     """Seed torch's generators of the CPU and, where it is in use, of the accelerator."""
     # The generator itself: torch.manual_seed takes a hundred times as long, and this runs at every update.
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    if _HAS_CUDA and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
         torch.cuda.manual_seed_all(seed)
     if _HAS_MPS:
         torch.mps.manual_seed(seed)

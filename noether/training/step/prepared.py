@@ -26,7 +26,7 @@ from noether.session.hidden_state import generators_of_model
 from noether.session.live_state import LiveState
 from noether.session.optimizer_watch import name_groups
 from noether.session.optimizers import TorchOptimizer
-from noether.session.randomness import derive, seed_all
+from noether.session.randomness import seed_all, update_seed
 from noether.training.step.accumulation import drop_empty
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class PreparedStep:
         before = self._live.view(state)
         self._live.write_changes(before, state)
         state = before
-        seed_all(derive(state.seed, "update", state.iteration.update, self.ranks.rank), self._generators)
+        seed_all(update_seed(state.seed, state.iteration.update, self.ranks.rank), self._generators)
         self.optimizer.zero_grad()
         self._live.copy_buffers()
         try:

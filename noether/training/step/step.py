@@ -23,7 +23,7 @@ from noether.core.tensors.module import names_in_model
 from noether.core.tensors.torch_internals import reparametrize, write_counts
 from noether.core.tensors.tree import FrozenDict
 from noether.session.hidden_state import generators_of_model
-from noether.session.randomness import derive, seed_all
+from noether.session.randomness import seed_all, update_seed
 from noether.training.step.accumulation import Accumulation, BackwardResult, Gradients, RegroupError, drop_empty
 from noether.training.step.apply import apply_gradients
 from noether.training.step.gradients import (
@@ -234,7 +234,7 @@ class Step:
         Raises:
             HiddenParameterError: If the model holds a buffer a second time that differs from the one in the state.
         """
-        seed_all(derive(state.seed, "update", state.iteration.update, self.rank), self._generators)
+        seed_all(update_seed(state.seed, state.iteration.update, self.rank), self._generators)
         if state.extra_state:
             set_extra_state(self.model, state.extra_state)
         if self._held_tensors:
@@ -360,7 +360,12 @@ class Step:
         grads, grad_norm = self.clip(grads, total_norm if self.sharding is None else self.sharding.total_norm)
         settings = self.settings_for(state)
         if not skipped:
-            state = self._apply_gradients(state, grads, settings, self.buffers.split(result.buffers))
+            fields = self.buffers.split(result.buffers)
+            how: dict[str, Any] = {"optimizer": self.optimizer, "donate": self.donate}
+            if self.sharding is None:
+                state = apply_gradients(state, grads, settings, fields, model=self.model, **how)
+            else:
+                state = apply_to_shards(state, grads, settings, fields, sharding=self.sharding, **how)
             if state.extra_state:
                 state = state.replace(extra_state=read_extra_state(self.model))
         if self.loss_scaling is not None:
@@ -368,14 +373,6 @@ class Step:
         seconds = {} if times is None else times.stop("optimizer_s")
         readings = {"grad_norm": grad_norm, "gradients": copies, "finite": finite, "skipped": skipped, **seconds}
         return state, make_event(result.losses, outputs, samples, settings, **readings)
-
-    def _apply_gradients(
-        self, state: TrainState, grads: Grads, settings: Settings, buffers: Mapping[str, FrozenDict]
-    ) -> TrainState:
-        how: dict[str, Any] = {"optimizer": self.optimizer, "donate": self.donate}
-        if self.sharding is not None:
-            return apply_to_shards(state, grads, settings, buffers, sharding=self.sharding, **how)
-        return apply_gradients(state, grads, settings, buffers, model=self.model, **how)
 
     def _copy_gradients(self, grads: Grads) -> FrozenDict:
         """Return the gradients as the event has them; those of shards as DTensors."""
