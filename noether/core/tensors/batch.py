@@ -279,10 +279,14 @@ class _Signature(NamedTuple):
 
 
 def _signature_of(model: nn.Module) -> _Signature:
-    while (wrapped := wrapped_module(model)) is not None:  # a wrapper takes whatever the module takes
-        model = wrapped
     function = getattr(model.forward, "__func__", None)
-    return _read_signature(model.forward) if function is None else _read_method(function)
+    signature = None if function is None else _read_method(function)
+    if signature is not None and signature.names is not None:
+        return signature
+    wrapped = wrapped_module(model)  # it takes whatever the module takes
+    if wrapped is not None:
+        return _signature_of(wrapped)
+    return signature or _read_signature(model.forward)
 
 
 @lru_cache  # reading a signature is as slow as a small model; the key is a function, which keeps no model alive

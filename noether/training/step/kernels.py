@@ -123,12 +123,13 @@ def _make_fused_adam_writer(
     """Return a writer that calls the fused kernel as `torch.optim.adam.adam` does, without sorting the tensors."""
     means, squares, steps = ([tensors[key] for tensors in memory] for key in ("exp_avg", "exp_avg_sq", STEP_COUNTER))
     kernel = torch_internals.fused_adamw_ if settings["decoupled_weight_decay"] else torch_internals.fused_adam_
-    (beta1, beta2), fixed = settings["betas"], {name: settings[name] for name in _FUSED_SETTINGS}
+    beta1, beta2 = settings["betas"]
+    fixed = {"beta1": beta1, "beta2": beta2, **{name: settings[name] for name in _FUSED_SETTINGS}}
     count_step = make_increment(steps)
 
     def write(changes: Mapping[str, Any], grads: list[Tensor]) -> None:
         count_step()
-        kernel(params, grads, means, squares, [], steps, beta1=beta1, beta2=beta2, **{**fixed, **changes})
+        kernel(params, grads, means, squares, [], steps, **{**fixed, **changes})
 
     return write
 

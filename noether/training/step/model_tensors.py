@@ -78,7 +78,7 @@ class ModelTensors:
 
     def bind(self) -> None:
         """Prepare the model for a call: its parameters are the tensors."""
-        if not self._is_bound():
+        if _addresses(self._ordered_parameters) != self._addresses:
             self._bind()
 
     def can_write(self, optimizer: FunctionalOptimizer, grads: Mapping[str, Tensor]) -> bool:
@@ -88,13 +88,12 @@ class ModelTensors:
         return optimizer.can_write(grads, self.opt_state, self.params)
 
     def take_from(self, state: TrainState) -> None:
-        """Take the tensors from a state, which cannot be read afterwards.
+        """Take the tensors from a state that has these, and which cannot be read afterwards.
 
         Call it before the first write, so that an error cannot leave a readable state with half of an update.
         """
-        for tree in (state.params, state.opt_state):
-            if isinstance(tree, DonatedTree):
-                tree.take()
+        vars(state)["params"].take()
+        vars(state)["opt_state"].take()
 
     def write(
         self,
@@ -133,10 +132,6 @@ class ModelTensors:
         for leaf in self.leaves.values():
             leaf.requires_grad_()
         self._addresses = _addresses(self._ordered_parameters)
-
-    def _is_bound(self) -> bool:
-        """Return whether the model's parameters are still these tensors."""
-        return _addresses(self._ordered_parameters) == self._addresses
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:

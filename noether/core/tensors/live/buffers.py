@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _NONE: Final = "none"
 _MISSING: Final = "missing"
 _NO_BUFFERS: Final = FrozenDict()
+_WITHOUT_BUFFERS: Final = FrozenDict(buffers=_NO_BUFFERS, non_persistent=_NO_BUFFERS)
 _CONSTRUCTED: WeakKeyDictionary[nn.Module, FrozenDict] = WeakKeyDictionary()
 """Result of `describe_constructed` for each model."""
 
@@ -218,13 +219,15 @@ class BufferPlaces:
         non_persistent = state.non_persistent
         return FrozenDict({**state.buffers, **non_persistent}) if non_persistent else state.buffers
 
-    def split(self, buffers: Mapping[str, Tensor]) -> dict[str, FrozenDict]:
+    def split(self, buffers: Mapping[str, Tensor]) -> Mapping[str, FrozenDict]:
         """Return the fields of a state that hold these buffers."""
+        if not buffers:
+            return _WITHOUT_BUFFERS
         return split_buffers(buffers, self._non_persistent)
 
     def place(self, buffers: Mapping[str, Tensor]) -> None:
         """Put copies of buffers into the model."""
-        if self._count() != len(self._places):
+        if sum(map(len, self._dicts)) != len(self._places):  # forward may register buffers
             self._read_places()
         if not self._places and not buffers:
             return
@@ -246,7 +249,7 @@ class BufferPlaces:
 
     def read(self) -> FrozenDict:
         """Return the buffers in the model by name, each once, without gradients."""
-        if self._count() != len(self._places):
+        if sum(map(len, self._dicts)) != len(self._places):
             self._read_places()
         if not self._places:
             return _NO_BUFFERS
@@ -271,9 +274,6 @@ class BufferPlaces:
                     del place[key]
                 for key, buffer in held.items():
                     place[key] = buffer
-
-    def _count(self) -> int:
-        return sum(map(len, self._dicts))
 
     def _read_places(self) -> None:
         first: dict[int, str] = {}
