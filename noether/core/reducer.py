@@ -140,17 +140,21 @@ class Reducer:
         """Whether there may be updates of which the members can hear later: `can_wait`."""
         return self._calls_at_update.followers is not None
 
-    def can_wait(self, state: TrainState) -> bool:
-        """Return whether `after_updates` can tell the members of the update of `state` later, with those after it.
+    def can_wait(self, state: TrainState, event: AfterUpdate) -> bool:
+        """Return whether `after_updates` can tell the members of an update later, with those after it.
+
+        Args:
+            state: The state after the update, in which the members do not know of other updates that wait.
+            event: The event of the update.
 
         Example:
             >>> from noether import TrainState, every_n_updates
             >>> reducer = compose(every_n_updates(2)(lambda state, event: (state, ())))
-            >>> state = TrainState().advance(samples=4)
-            >>> [reducer.can_wait(each) for each in (state, state.advance(samples=4))]
+            >>> state, event = TrainState().advance(samples=4), AfterUpdate(samples=4)
+            >>> [reducer.can_wait(each, event) for each in (state, state.advance(samples=4))]
             [True, False]
         """
-        return self._calls_at_update.can_wait(state)
+        return self._calls_at_update.can_wait(state, event)
 
     def after_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
         """Return the state and the effects after several updates, in one call of each member.

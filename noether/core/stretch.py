@@ -93,7 +93,7 @@ class Stretch:
         """
         if self._reducer is None or type(event) is not AfterUpdate:
             return False
-        if self._is_long(event) or not self._reducer.can_wait(state):
+        if self._is_long(event) or not self._reducer.can_wait(state, event):
             return False
         # Outputs may be large, and no callback that reads them can wait.
         vars(event).update(outputs=None, gradients=None)

@@ -42,10 +42,14 @@ class CallsAtUpdates:
         self._while_closed = self._calls(())  # the calls of most updates, at which no gate opens
         self.followers = _find_followers(self._while_closed)
         """What to call once for several updates at which no gate opens; None if a member has to be called at each."""
+        conditions = (getattr(member, "_can_wait", None) for member, _ in self._while_closed)
+        self._conditions = tuple(condition for condition in conditions if condition is not None)
 
-    def can_wait(self, state: TrainState) -> bool:
+    def can_wait(self, state: TrainState, event: AfterUpdate) -> bool:
         """Return whether the followers can be called later for the update of `state`."""
-        return self.followers is not None and not self._pending.may_be_due(state.previous, state.iteration)
+        if self.followers is None or self._pending.may_be_due(state.previous, state.iteration):
+            return False
+        return all(condition(state, event) for condition in self._conditions)
 
     def select(self, state: TrainState) -> tuple[Call, ...]:
         """Return the calls at the update of `state`."""

@@ -10,8 +10,10 @@ from noether import (
     AfterAccumulationStep,
     AfterUpdate,
     EMACallback,
+    GradNormCallback,
     LogText,
     LrCallback,
+    NanGuardCallback,
     OnlineLossCallback,
     ProgressCallback,
     TrainState,
@@ -33,6 +35,8 @@ FOLLOWING = {
     "progress": ProgressCallback,
     "online loss": lambda **interval: OnlineLossCallback(nan="log", **interval),
     "train time": TrainTimeCallback,
+    "gradient norm": GradNormCallback,
+    "nan guard": lambda **interval: NanGuardCallback(tolerance=2, action="rollback", **interval),
 }
 INTERVALS = [
     *({"every_n_updates": n} for n in (1, 1, 2, 5)), *({"every_n_samples": n} for n in (3, 20)),
@@ -53,7 +57,7 @@ def test_shipped_callbacks_may_hear_of_updates_later(seed):
     check_stretches(compose(*callbacks, *([say_update] if random.random() < 0.5 else [])), examples=10)
 
 
-@pytest.mark.parametrize("name", FOLLOWING)
+@pytest.mark.parametrize("name", sorted(FOLLOWING))
 def test_a_callback_with_an_interval_of_one_update_obeys_the_law(name):
     check_stretches(FOLLOWING[name](every_n_updates=1), examples=10)
 

@@ -12,12 +12,13 @@ from noether.core.tensors.dtensors import whole_tensor
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from noether.core.callback import Effects
-    from noether.core.event import AfterUpdate, Event
+    from noether.core.event import Event
     from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
+    from noether.core.stretch import CompletedUpdate
 
 
 @final
@@ -65,15 +66,20 @@ class GradNormCallback(PeriodicCallback):
         """Return an empty sum."""
         return {self.name: FrozenDict(sum=0.0, max=0.0, updates=0)}
 
-    def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
-        """Add the norm of the update, on its device."""
-        if event.skipped:
+    def track_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
+        """Add the norms of updates, on their device."""
+        applied = [event.grad_norm for _, event in updates if not event.skipped]
+        if not applied:
             return state, ()
-        if event.grad_norm is None:
-            raise ValueError(f"{self.name}: the loop measures no gradient norm; pass AfterUpdate(grad_norm=...)")
-        memory, norm = self.memory(state), _read_norm(event.grad_norm)
-        largest = torch.maximum(norm, torch.as_tensor(memory["max"], dtype=torch.float64, device=norm.device))
-        memory = FrozenDict(sum=memory["sum"] + norm, max=largest, updates=memory["updates"] + 1)
+        memory = self.memory(state)
+        total, largest = memory["sum"], memory["max"]
+        for each in applied:
+            if each is None:
+                raise ValueError(f"{self.name}: the loop measures no gradient norm; pass AfterUpdate(grad_norm=...)")
+            norm = _read_norm(each)
+            total = total + norm
+            largest = torch.maximum(norm, torch.as_tensor(largest, dtype=torch.float64, device=norm.device))
+        memory = FrozenDict(sum=total, max=largest, updates=memory["updates"] + len(applied))
         return state.remember(self.name, memory), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:

@@ -17,7 +17,7 @@ from noether.core.tensors.stored_weights import find_weights, memory_of
 from noether.core.tensors.tree import FrozenDict, clone_tensors, tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from noether.core.event import AfterUpdate, Event
     from noether.core.schedules.gate import Interval
     from noether.core.state import Memory, TrainState
+    from noether.core.stretch import CompletedUpdate
 
 
 @final
@@ -99,8 +100,19 @@ class NanGuardCallback(PeriodicCallback):
         """Whether the update was finite."""
         return ("finite",)
 
-    def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
+    def can_wait(self, state: TrainState, event: AfterUpdate) -> bool:
+        """Return whether the update, and the one before it, were finite: then there is nothing to do."""
+        return not event.skipped and bool(event.finite) and not self.memory(state)["in_row"]
+
+    def track_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
         """Count updates that are not finite, and act if there are too many."""
+        effects: Effects = ()
+        for _, event in updates:  # of several, all are finite
+            state, more = self._look_at(state, event)
+            effects += more
+        return state, effects
+
+    def _look_at(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         # An update without samples, or an overflow under a gradient scaler, says nothing about the weights.
         if event.skipped and (not event.samples or _is_overflow(state, event)):
             return state, ()

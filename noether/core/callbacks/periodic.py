@@ -48,7 +48,7 @@ __all__ = ["Mean", "PeriodicCallback", "PeriodicDataIteratorCallback", "Sum"]
 
 _PERIODIC_HOOKS: Final = (
     *("periodic_callback", "track_after_accumulation_step", "track_after_update_step"),
-    *("track_updates", "fire_updates"),
+    *("track_updates", "can_wait", "fire_updates"),
 )
 
 
@@ -168,6 +168,15 @@ class PeriodicCallback(CallbackBase):
         """
         return state, ()
 
+    def can_wait(self, state: TrainState, event: AfterUpdate) -> bool:
+        """Return whether `track_updates` may be called later for an update; a subclass may refuse some of them.
+
+        Args:
+            state: The state after the update, in which its memory lacks the updates that wait.
+            event: The event of the update.
+        """
+        return True
+
     def fire_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
         """Return the state and effects of firings at several updates in a row, for an interval of one update.
 
@@ -221,6 +230,10 @@ class PeriodicCallback(CallbackBase):
     @property
     def _track_updates(self) -> Follower | None:
         return self.track_updates if self._tracks_several else None
+
+    @property
+    def _can_wait(self) -> Callable[[TrainState, AfterUpdate], bool] | None:
+        return self.can_wait if self.overrides("can_wait", PeriodicCallback) else None
 
     @property
     def _fire_updates(self) -> Follower | None:
