@@ -239,7 +239,7 @@ def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
         groups.setdefault(_find_merged_type(type(effect)), []).append(effect)
     others = groups.get(None, [])
     last = {key: effect for effect in others if (key := artifact_key(effect)) is not None}
-    merged = [effect for effect in others if not last or last.get(artifact_key(effect) or "", effect) is effect]
+    merged = [effect for effect in others if last.get(artifact_key(effect) or "", effect) is effect] if last else others
     for effect_type, merge in _MERGES.items():
         if effect_type in groups:
             merged += merge(groups[effect_type])
@@ -248,6 +248,8 @@ def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
 
 def _find_merged_type(effect_type: type[Effect]) -> type[Effect] | None:
     """Return which of the merged types a type of effect is; None if its effects are not merged."""
+    if effect_type in _MERGES:
+        return effect_type
     return next((merged for merged in _MERGES if issubclass(effect_type, merged)), None)
 
 
@@ -256,9 +258,9 @@ def _choose_progress(effects: Sequence[ShowProgress]) -> tuple[ShowProgress]:
     return (max(reversed(effects), key=lambda each: each.due),)
 
 
-def _merge_updates(effects: Sequence[LogUpdates]) -> tuple[LogUpdates]:
+def _merge_updates(effects: Sequence[LogUpdates]) -> Sequence[LogUpdates]:
     if len(effects) == 1:
-        return (effects[0],)
+        return effects
     rows: dict[int, UpdateScalars] = {}
     united: dict[tuple[int, int], FrozenDict] = {}  # rows that had the same objects have the same one again
     quiet: dict[str, bool] = {}
@@ -275,7 +277,9 @@ def _merge_updates(effects: Sequence[LogUpdates]) -> tuple[LogUpdates]:
     return (LogUpdates(tuple(row for _, row in sorted(rows.items())), _quiet_keys(quiet)),)
 
 
-def _merge_scalars(effects: Sequence[LogScalars]) -> tuple[LogScalars]:
+def _merge_scalars(effects: Sequence[LogScalars]) -> Sequence[LogScalars]:
+    if len(effects) == 1:
+        return effects
     values = {key: value for effect in effects for key, value in effect.values.items()}
     quiet = {key: key in effect.quiet for effect in effects for key in effect.values}
     return (LogScalars(FrozenDict(values), _quiet_keys(quiet)),)

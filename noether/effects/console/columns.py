@@ -66,8 +66,7 @@ def repeats_single_loss(key: str, metrics: Mapping[str, Any]) -> bool:
         >>> repeats_single_loss("loss/val/total", {"loss/val/total": 0.5, "loss/val/mse": 0.5})
         True
     """
-    parts = key.split("/")
-    if "total" not in parts:
+    if "total" not in key or "total" not in (parts := key.split("/")):
         return False
     place = parts.index("total")
     other_keys = [name.split("/") for name in metrics if name != key]

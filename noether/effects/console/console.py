@@ -179,7 +179,8 @@ class Console:
             return
         loud = {key: value for key, value in sorted(effect.values.items()) if key not in effect.quiet}
         metrics = {key: value for key, value in loud.items() if not repeats_single_loss(key, loud)}
-        self.view.log(metrics, state.iteration)
+        if self._live is not None:
+            self.view.log(metrics, state.iteration)
         if is_early or not metrics:
             return
         if isinstance(event, AfterUpdate):
@@ -280,6 +281,9 @@ class Console:
         """Print a text; markup in it, such as `[bold]` or `:100:`, is not interpreted."""
         if self._console.quiet:  # the proxy of a bar of rich would print the text all the same
             return
+        if self._is_plain and self._live is None and not has_other_bar():  # the lines of most jobs
+            write_unbuffered(self._console.file, f"{self._expand(lines)}\n")
+            return
         with self._at_line_start():
             output = choose_output(self._console.file)
             if self._live is not None and self._is_terminal:  # the width of a dumb terminal is not known
@@ -289,11 +293,15 @@ class Console:
                 lines = lines.encode(encoding, "backslashreplace").decode(encoding)
                 self._console.print(lines, markup=False, emoji=False)
                 return
-            if not lines.isprintable():
-                text = Text(lines)
-                text.expand_tabs(self._console.tab_size)
-                lines = text.plain
-            write_unbuffered(output, f"{lines}\n")
+            write_unbuffered(output, f"{self._expand(lines)}\n")
+
+    def _expand(self, lines: str) -> str:
+        """Return lines with tabs as spaces and without control characters, as rich writes them."""
+        if lines.isprintable():
+            return lines
+        text = Text(lines)
+        text.expand_tabs(self._console.tab_size)
+        return text.plain
 
     @contextmanager
     def _at_line_start(self) -> Iterator[None]:

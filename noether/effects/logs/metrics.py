@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from typing import TYPE_CHECKING, Any, final
 
@@ -96,7 +97,7 @@ class _Encoder:
             return encode_json(line)
         values, iteration, event, time_s = line
         if values is not self._values:
-            self._values_text = encode_json(values)
+            self._values_text = _encode_values(values)
             self._values = values
         return (
             f'{self._begin}{_encode_name(event)}, "epoch": {iteration.epoch}, "update": {iteration.update}, '
@@ -104,6 +105,16 @@ class _Encoder:
         )
 
 
-@functools.cache
+def _encode_values(values: Mapping[str, Any]) -> str:
+    """Return the JSON of metrics; that of numbers without an encoder, which takes three times as long."""
+    parts = []
+    for key, value in values.items():
+        if type(key) is not str or not (type(value) is int or (type(value) is float and math.isfinite(value))):
+            return encode_json(values)
+        parts.append(f"{_encode_name(key)}: {value!r}")
+    return f"{{{', '.join(parts)}}}"
+
+
+@functools.lru_cache(1000)
 def _encode_name(name: str) -> str:
     return json.dumps(name)
