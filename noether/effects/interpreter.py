@@ -230,7 +230,7 @@ def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
 
     Example:
         >>> merge_effects([SaveCheckpoint(pointers=("a",)), LogScalars({"x": 1}), SaveCheckpoint(pointers=("b",))])
-        (LogScalars(values=FrozenDict({'x': 1})), SaveCheckpoint(tag=None, ... pointers=('a', 'b'), ...))
+        (LogScalars(values={'x': 1}), SaveCheckpoint(tag=None, ... pointers=('a', 'b'), ...))
     """
     if len(effects) == 1:  # the usual case
         return tuple(effects)
