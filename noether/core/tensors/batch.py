@@ -130,13 +130,13 @@ def _add_sizes(batch: Any, sizes: set[int], depth: int = 0) -> None:
             sizes.add(batch.size(0))  # a nested tensor has no shape
         return
     kind = type(batch)
-    # These two first: reading an object takes longer, and this runs at every update of a session.
-    if kind in _SEQUENCES:
-        for part in batch:
-            _add_sizes(part, sizes, depth)
-    elif kind is dict:
-        for part in batch.values():
-            _add_sizes(part, sizes, depth)
+    # Containers of tensors first: reading an object takes longer, and this runs at every update of a session.
+    if kind in _SEQUENCES or kind is dict:
+        for part in batch.values() if kind is dict else batch:
+            if type(part) is torch.Tensor and part.ndim:
+                sizes.add(part.size(0))
+            else:
+                _add_sizes(part, sizes, depth)
     elif kind not in _SCALARS:
         size = _declared_size(batch)
         if size is not None:

@@ -141,7 +141,12 @@ def sum_as_total(means: Mapping[str, Any]) -> dict[str, Any]:
 
 def detach_losses(losses: Losses) -> Losses:
     """Return losses without their graphs, with the same weights."""
-    detached = {name: loss.detach() for name, loss in losses.items()}
+    detached: dict[str, Tensor] = {}
+    graph = value = None
+    for name, loss in losses.items():
+        if value is None or loss is not graph:  # the total of one loss is this loss
+            graph, value = loss, loss.detach()
+        detached[name] = value
     return WeightedLosses(detached, losses.weights) if isinstance(losses, WeightedLosses) else FrozenDict(detached)
 
 
