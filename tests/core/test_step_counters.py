@@ -12,9 +12,11 @@ STARTS = st.lists(st.integers(0, 100) | st.integers(2**24 - 3, 2**24 + 3), min_s
 """Beyond 2**24, a counter of single precision stays where it is."""
 
 
-@given(STARTS, st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64]))
-def test_counters_have_the_bits_of_torch(starts, dtype):
-    counters = [torch.tensor(start, dtype=dtype) for start in starts]
+@given(
+    STARTS, st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.int64]), st.sampled_from([(), (2,)])
+)
+def test_counters_have_the_bits_of_torch(starts, dtype, shape):
+    counters = [torch.full(shape, start, dtype=dtype) for start in starts]
     expected = [counter.clone() for counter in counters]
     increment = make_increment(counters)
     for _ in range(5):
@@ -39,3 +41,16 @@ def test_an_increment_adds_no_user_to_the_storage(dtype):
     increment()
     assert torch._C._storage_Use_Count(counter.untyped_storage()._cdata) == before  # noqa: SLF001  # as above
     assert counter == 1
+
+
+def test_a_counter_whose_memory_was_moved_is_incremented_there():
+    counter = torch.tensor(0.0)
+    increment = make_increment([counter])
+    increment()
+    before = counter.data_ptr()
+    counter.detach().share_memory_()
+    others = [torch.tensor(float(value)) for value in range(100)]  # would take the memory that it left
+    increment()
+    assert counter.data_ptr() != before
+    assert counter == 2
+    assert [float(other) for other in others] == list(range(100))

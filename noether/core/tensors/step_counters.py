@@ -58,7 +58,7 @@ def make_increment(counters: Sequence[torch.Tensor]) -> Callable[[], None]:
     more than a microsecond, and there is a counter for each parameter.
 
     Args:
-        counters: 0-dimensional; the function holds them.
+        counters: Usually 0-dimensional; the function holds them.
 
     Example:
         >>> counter = torch.tensor(2.0)
@@ -66,13 +66,20 @@ def make_increment(counters: Sequence[torch.Tensor]) -> Callable[[], None]:
         >>> counter
         tensor(3.)
     """
-    if not all(type(each) is torch.Tensor and each.is_cpu and each.dtype in _C_TYPES for each in counters):
+    plain = [each for each in counters if type(each) is torch.Tensor and each.is_cpu and not each.ndim]
+    if len(plain) < len(counters) or not _C_TYPES.keys() >= {each.dtype for each in counters}:
         return lambda: foreach_add_(counters, 1)
     # A view by numpy would be one more user of the storage, and updates copy what has other users.
-    numbers = [(_C_TYPES[each.dtype].from_address(each.data_ptr()), each) for each in counters]
+    types = [_C_TYPES[each.dtype] for each in counters]
+    addresses: list[int] = []
+    numbers: list[Any] = []
 
     def increment() -> None:
-        for number, _ in numbers:  # the counter holds the memory of the number
+        nonlocal addresses, numbers
+        current = list(map(torch.Tensor.data_ptr, counters))
+        if current != addresses:  # sharing a tensor with another process moves it
+            addresses, numbers = current, [kind.from_address(each) for kind, each in zip(types, current, strict=True)]
+        for number in numbers:
             number.value += 1
 
     return increment
