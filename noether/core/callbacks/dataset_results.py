@@ -13,6 +13,10 @@ from noether.core.tensors.tree import FrozenDict
 _MEAN: Final = "a Mean"
 _SUM: Final = "a Sum or a count"
 _PER_SAMPLE: Final = "one value per sample"
+_CPU: Final = torch.device("cpu")
+_SHORT: Final = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_EXACT: Final = 2**29
+"""The product of a number in single precision and a whole number below this is exact in double precision."""
 
 
 class BatchResult(NamedTuple):
@@ -53,8 +57,8 @@ class DatasetResults:
 
     def __init__(self, callback: str = "a callback") -> None:
         self._source = source_of(callback)
-        self._sums: dict[str, torch.Tensor] = {}
-        self._terms: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, torch.Tensor | float] = {}
+        self._terms: dict[str, torch.Tensor | float] = {}
         self._weights: dict[str, float] = {}
         self._parts: dict[str, list[torch.Tensor]] = {}
         self._kinds: dict[str, str] = {}
@@ -89,9 +93,10 @@ class DatasetResults:
 
         The mean of a result covers the batches that have it; it is NaN if all its weights are 0.
         """
-        means = {name: total / self._weights[name] for name, total in self._terms.items()}
+        sums = {name: _to_tensor(total) for name, total in self._sums.items()}
+        means = {name: _to_tensor(total / self._weights[name]) for name, total in self._terms.items()}
         parts = {name: self._concatenate(name, values) for name, values in self._parts.items()}
-        return FrozenDict({**self._sums, **means, **parts, "samples": self._samples})
+        return FrozenDict({**sums, **means, **parts, "samples": self._samples})
 
     def _check_kind(self, name: str, kind: str) -> None:
         """Refuse a result that is combined in another way than in the batches before: only one of them would count."""
@@ -195,9 +200,30 @@ def _read_sum(source: str, value: Any) -> torch.Tensor:
     return number.long()
 
 
-def _add(sums: dict[str, torch.Tensor], name: str, term: torch.Tensor, factor: float = 1) -> None:
+def _add(sums: dict[str, torch.Tensor | float], name: str, term: torch.Tensor, factor: float = 1) -> None:
     """Add `term * factor` to a sum, which is in double precision if it is floating point."""
-    if name in sums:
-        sums[name] = torch.add(sums[name], term, alpha=factor)
-    else:
+    before = sums.get(name)
+    if not isinstance(before, torch.Tensor) and _is_exact(term, factor):
+        product = term.item() * factor
+        sums[name] = product if before is None else before + product
+    elif before is None:
         sums[name] = (term.double() if term.is_floating_point() else term) * factor
+    else:
+        sums[name] = torch.add(_to_tensor(before), term, alpha=factor)
+
+
+def _is_exact(term: torch.Tensor, factor: float) -> bool:
+    """Return whether numbers of Python, which are faster, give a sum of the same bits as tensors on the CPU.
+
+    They do if the product is exact in double precision, as torch rounds product and sum together.
+    """
+    if type(term) is not torch.Tensor or not term.is_cpu:
+        return False
+    is_exact = factor == 1 or (factor < _EXACT and not factor % 1 and term.dtype in _SHORT)
+    return is_exact and (term.is_floating_point() or term.dtype is torch.int64)
+
+
+def _to_tensor(total: torch.Tensor | float) -> torch.Tensor:
+    if isinstance(total, torch.Tensor):
+        return total
+    return torch.full((), total, dtype=torch.float64 if isinstance(total, float) else torch.int64, device=_CPU)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol, final
 
@@ -107,7 +108,7 @@ def accuracy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
     else:
         classes = _class_numbers("accuracy", targets, shape[0], f", or one-hot targets of shape {shape}")
         _check_values("accuracy", classes, shape[1])
-    return _where_not_nan(scores.amax(dim=1), scores.argmax(dim=1) == classes)
+    return _where_not_nan(scores, scores.argmax(dim=1) == classes)
 
 
 def binary_accuracy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -186,11 +187,15 @@ def _class_numbers(metric: str, targets: torch.Tensor, samples: int, other: str 
             f"{metric} needs targets of shape ({samples},) or ({samples}, 1){other}, but they have shape "
             f"{tuple(targets.shape)}"
         )
-    return targets.reshape(-1)
+    return targets if targets.ndim == 1 else targets.reshape(-1)
 
 
 def _check_values(metric: str, targets: torch.Tensor, classes: int) -> None:
     """Refuse targets that are not class numbers, such as soft targets or an index that a loss ignores."""
+    if targets.dtype is torch.int64 and targets.numel():  # fewer operations, for nearly all data sets
+        lowest, highest = targets.aminmax()
+        if lowest.item() >= 0 and highest.item() < classes:
+            return
     is_class = (targets >= 0) & (targets < classes)
     if targets.is_floating_point():
         is_class &= targets == targets.floor()
@@ -214,6 +219,8 @@ def _classes_of_one_hot(targets: torch.Tensor) -> torch.Tensor:
 
 
 def _where_not_nan(scores: torch.Tensor, is_right: torch.Tensor) -> torch.Tensor:
-    """Return 1.0 or 0.0 for each sample, NaN where its score is NaN, whose highest class would be arbitrary."""
+    """Return 1.0 or 0.0 for each sample, NaN where one of its scores is NaN: its highest class would be arbitrary."""
     right = is_right.float()
-    return right.where(~scores.isnan(), torch.nan) if scores.is_floating_point() else right
+    if not scores.is_floating_point() or not math.isnan(scores.sum().item()):  # one operation where no score is NaN
+        return right
+    return right.masked_fill(scores.reshape(len(scores), -1).isnan().any(dim=1), torch.nan)
