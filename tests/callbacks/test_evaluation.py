@@ -26,6 +26,7 @@ from noether.core.metrics import log
 from noether.core.run import Run
 from noether.core.state import TrainState
 from noether.core.tensors.losses import read_losses
+from noether.testing import same
 
 STATE = TrainState(params={"w": torch.tensor(2.0)}).advance(samples=4).next_epoch()
 
@@ -266,6 +267,36 @@ def test_small_integers_are_summed_without_overflow():
     for _ in range(3):
         results.add({"count": torch.tensor(200, dtype=torch.uint8), "correct": torch.tensor(True)}, 1)
     assert results.values() == {"count": 600, "correct": 3, "samples": 3}
+
+
+FLOATS = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
+SPECIAL = st.none() | st.none() | st.sampled_from([None, None, np.nan, np.inf, -0.0, 1e38])
+WEIGHTS = {
+    "whole": lambda rng: int(rng.integers(0, 100)),
+    "large": lambda rng: int(rng.integers(2**51, 2**52)),
+    "real": lambda rng: rng.uniform(),
+    "one": lambda _: 1.0,
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+@given(terms=st.lists(st.tuples(SPECIAL, FLOATS), min_size=1, max_size=8), seed=st.integers(0, 2**31))
+def test_sums_have_the_bits_of_sums_of_tensors(kind, terms, seed):
+    rng = np.random.default_rng(seed)
+    terms = [(rng.normal() if number is None else number, dtype, WEIGHTS[kind](rng)) for number, dtype in terms]
+    results, weights, weighted, summed = DatasetResults(), 0, None, None
+    for number, dtype, weight in terms:
+        term = torch.tensor(number, dtype=torch.float64).to(dtype)
+        results.add({"mean": Mean(term, weight=weight), "sum": Sum(term)}, 2)
+        summed = term.double() if summed is None else torch.add(summed, term)
+        if weight:
+            weighted = term.double() * weight if weighted is None else torch.add(weighted, term, alpha=weight)
+        elif weighted is None:
+            weighted = torch.zeros((), dtype=torch.float64)
+        weights += weight
+    found = results.values()
+    assert same(found["mean"], weighted / weights)
+    assert same(found["sum"], summed)
 
 
 @pytest.mark.parametrize(

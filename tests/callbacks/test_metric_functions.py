@@ -14,6 +14,7 @@ from noether.core.errors import OutputError
 from noether.core.event import AfterEpoch, AfterUpdate
 from noether.core.run import Run
 from noether.core.state import TrainState
+from noether.testing import same
 
 SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=5)
 NUMBERS = [torch.int64, torch.int32, torch.uint8, torch.float32, torch.float64]
@@ -133,6 +134,29 @@ def test_an_output_without_a_mean_is_refused_by_name(output, message):
     track = TrackOutputsCallback(every_n_updates=1, keys=("a",))
     with pytest.raises(OutputError, match=message):
         track(TrainState().advance(samples=2), AfterUpdate(samples=2, outputs=({"a": output},)))
+
+
+NUMBERS_OF_ALL_KINDS = st.sampled_from([0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 3e38, -3e38])
+
+
+@given(
+    st.lists(st.tuples(*[NUMBERS_OF_ALL_KINDS] * 3), min_size=1, max_size=6),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_accuracy_of_each_sample_is_that_of_its_first_highest_score(rows, dtype):
+    scores = torch.tensor(rows, dtype=dtype)
+    targets = torch.arange(len(rows)) % 3
+    expected = [
+        math.nan if any(map(math.isnan, row)) else float(row.index(max(row)) == index % 3)
+        for index, row in enumerate(scores.tolist())
+    ]
+    assert same(accuracy(scores, (None, targets)), torch.tensor(expected))
+    logits, binary = scores[:, 0], targets % 2
+    expected = [
+        math.nan if math.isnan(row[0]) else float((row[0] > 0) == (index % 3 == 1))
+        for index, row in enumerate(scores.tolist())
+    ]
+    assert same(binary_accuracy(logits, (None, binary)), torch.tensor(expected))
 
 
 def test_callbacks_take_every_metric_by_its_name():

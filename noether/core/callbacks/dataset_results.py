@@ -79,14 +79,19 @@ class DatasetResults:
             ValueError: If a result is combined in another way than in a batch before.
         """
         self._samples += samples
-        for name, result in results.items():
-            self._check_kind(name, result.kind)
-            if result.kind == _PER_SAMPLE:
-                self._parts.setdefault(name, []).append(result.tensor)
-            elif result.kind == _SUM:
-                _add(self._sums, name, result.tensor)
+        for name, (kind, tensor, factor, weight) in results.items():
+            if self._kinds.get(name) != kind:
+                self._check_kind(name, kind)
+            if kind == _PER_SAMPLE:
+                self._parts.setdefault(name, []).append(tensor)
+            elif kind == _SUM:
+                _add(self._sums, name, tensor)
             else:
-                self._add_mean(name, result)
+                self._weights[name] = self._weights.get(name, 0) + weight
+                if weight:
+                    _add(self._terms, name, tensor, factor)
+                else:  # the mean over nothing is NaN, and so is its product with 0
+                    self._terms.setdefault(name, torch.zeros((), dtype=torch.float64, device=tensor.device))
 
     def values(self) -> Mapping[str, Any]:
         """Return the results of the whole dataset by name, and their number of samples as `samples`.
@@ -116,13 +121,6 @@ class DatasetResults:
             )
         return torch.cat(values)
 
-    def _add_mean(self, name: str, mean: BatchResult) -> None:
-        self._weights[name] = self._weights.get(name, 0) + mean.weight
-        if not mean.weight:  # the mean over nothing is NaN, and so is its product with 0
-            self._terms.setdefault(name, torch.zeros((), dtype=torch.float64, device=mean.tensor.device))
-        else:
-            _add(self._terms, name, mean.tensor, mean.factor)
-
 
 def read_results(source: str, results: Any, samples: int) -> dict[str, BatchResult]:
     """Return what a batch contributes to the results of the dataset, by name.
@@ -141,7 +139,7 @@ def read_results(source: str, results: Any, samples: int) -> dict[str, BatchResu
         >>> read_results("process_data", {"correct": 3}, samples=4)
         {'correct': BatchResult(kind='a Sum or a count', tensor=tensor(3), factor=1, weight=0)}
     """
-    if not isinstance(results, Mapping):
+    if not isinstance(results, (dict, Mapping)):  # testing for a dict is faster
         found = "nothing" if results is None else f"a {type(results).__name__}"
         raise TypeError(
             f"{source} returned {found}: return results by name, such as {{'error': noether.Mean(error)}}, or {{}} for "
@@ -226,4 +224,4 @@ def _is_exact(term: torch.Tensor, factor: float) -> bool:
 def _to_tensor(total: torch.Tensor | float) -> torch.Tensor:
     if isinstance(total, torch.Tensor):
         return total
-    return torch.full((), total, dtype=torch.float64 if isinstance(total, float) else torch.int64, device=_CPU)
+    return torch.full((), total, dtype=torch.int64 if type(total) is int else torch.float64, device=_CPU)

@@ -106,7 +106,7 @@ def accuracy(outputs: torch.Tensor, batch: Any) -> torch.Tensor:
     if targets.shape == scores.shape:
         classes = _classes_of_one_hot(targets)
     else:
-        classes = _class_numbers("accuracy", targets, shape[0], f", or one-hot targets of shape {shape}")
+        classes = _class_numbers("accuracy", targets, shape[0], one_hot=shape)
         _check_values("accuracy", classes, shape[1])
     return _where_not_nan(scores, scores.argmax(dim=1) == classes)
 
@@ -180,9 +180,12 @@ def _read(metric: str, outputs: Any, batch: Any) -> tuple[torch.Tensor, torch.Te
     return outputs, targets
 
 
-def _class_numbers(metric: str, targets: torch.Tensor, samples: int, other: str = "") -> torch.Tensor:
-    """Return targets `(samples,)` or `(samples, 1)` as `(samples,)`."""
-    if tuple(targets.shape) not in ((samples,), (samples, 1)):
+def _class_numbers(
+    metric: str, targets: torch.Tensor, samples: int, one_hot: tuple[int, ...] | None = None
+) -> torch.Tensor:
+    """Return targets `(samples,)` or `(samples, 1)` as `(samples,)`; `one_hot` is another shape that is accepted."""
+    if targets.shape not in ((samples,), (samples, 1)):
+        other = "" if one_hot is None else f", or one-hot targets of shape {one_hot}"
         raise MetricInputError(
             f"{metric} needs targets of shape ({samples},) or ({samples}, 1){other}, but they have shape "
             f"{tuple(targets.shape)}"
