@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, final
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, final
 
 import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from noether.core.tensors.calls import call_model, compute_losses
@@ -14,19 +15,21 @@ from noether.core.tensors.dtensors import are_same_memory, is_distributed, whole
 from noether.core.tensors.fully_sharded import is_fully_sharded, reshard, use_other_weights
 from noether.core.tensors.hidden_parameters import check_buffers, find_held_tensors, refuse_parameters
 from noether.core.tensors.live.buffers import BufferPlaces
-from noether.core.tensors.live.extra_state import modules_with_extra_state, use_extra_state
+from noether.core.tensors.live.extra_state import has_extra_state, use_extra_state
 from noether.core.tensors.losses import detach_losses
 from noether.core.tensors.modes import evaluation_mode
-from noether.core.tensors.module import device_of, named_parameters, rename_for_model
+from noether.core.tensors.module import device_of, named_modules, named_parameters, rename_for_model
+from noether.core.tensors.torch_internals import set_grad_enabled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from torch import Tensor, nn
-
     from noether.core.state import TrainState
     from noether.core.tensors.hidden_parameters import HeldTensor
     from noether.core.tensors.losses import Losses, LossResult
+
+
+_NONE: Final[tuple[None, list[Tensor]]] = None, []
 
 
 def forward(
@@ -66,6 +69,7 @@ class Forward:
         self._model_params: Mapping[str, Tensor] | None = None  # set by `evaluating`
         self._buffers = BufferPlaces(model)  # renewed by `evaluating`
         self._gathered: tuple[Any, Mapping[str, Tensor]] | None = None  # params of a state, and the whole ones
+        self._compared: tuple[Any, list[Tensor]] = _NONE  # params of a state that the model has, and views of them
         self._is_fully_sharded = False  # set by `evaluating`
         self._has_extra_state = False  # set by `evaluating`
         self._mode = False  # set by `evaluating`; a model may define `train`, and stay in training mode
@@ -82,11 +86,15 @@ class Forward:
         if self._model_params is None or self._model.training is not self._mode:
             with self.evaluating():
                 return self(state, batch)
-        with torch.no_grad():
+        is_enabled = torch.is_grad_enabled()
+        set_grad_enabled(False)
+        try:
             if self._precision is None:
                 return self._evaluate(self._model_params, state, batch)
             with torch.autocast(device_of(self._model.parameters()).type, dtype=self._precision):
                 return self._evaluate(self._model_params, state, batch)
+        finally:
+            set_grad_enabled(is_enabled)
 
     @contextmanager
     def evaluating(self, state: TrainState | None = None) -> Iterator[None]:
@@ -96,29 +104,40 @@ class Forward:
             state: The state that the calls will have, whose params are gathered now if they are sharded over ranks: a
                 rank may have no batch, and every rank has to take part.
         """
-        self._is_fully_sharded = any(map(is_fully_sharded, self._model.modules()))
+        modules = named_modules(self._model)
+        self._is_fully_sharded = any(is_fully_sharded(module) for _, module in modules)
         if self._is_fully_sharded:
             reshard(self._model)
-        with evaluation_mode(self._model):
+        with evaluation_mode(self._model, modules):
             self._mode = self._model.training
-            self._buffers = BufferPlaces(self._model)
+            modules = named_modules(self._model)  # again, as a model may define `eval`, and change its modules there
+            self._buffers = BufferPlaces(self._model, modules)
             # Empty under autocast, which caches the cast of a parameter and does not see later writes to it.
-            self._model_params = {} if self._autocasts() else named_parameters(self._model)
-            self._has_extra_state = any(modules_with_extra_state(self._model))
+            params = named_parameters(self._model, modules)
+            self._model_params = {} if self._autocasts(params) else params
+            self._has_extra_state = any(has_extra_state(module) for _, module in modules)
             try:
                 if state is not None and not self._is_fully_sharded:
-                    self._whole_params(state)
+                    self._has_params_of(state, self._model_params)
                 yield
             finally:
                 self._model_params = self._gathered = None
+                self._compared = _NONE
 
-    def _autocasts(self) -> bool:
-        device_type = device_of(self._model.parameters()).type
-        available = torch.amp.is_autocast_available(device_type)
-        return self._precision is not None or (available and torch.is_autocast_enabled(device_type))
+    def _autocasts(self, params: Mapping[str, Tensor]) -> bool:
+        if self._precision is not None:
+            return True
+        first = next(iter(params.values()), None)
+        if first is None or first.is_cpu:  # the type of a device takes longer to read
+            return torch.is_autocast_enabled("cpu")
+        device_type = first.device.type
+        return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
     def _evaluate(self, model_params: Mapping[str, Tensor], state: TrainState, batch: Any) -> tuple[Losses, Any]:
-        with use_extra_state(self._model, state.extra_state) if self._has_extra_state else nullcontext():
+        if self._has_extra_state:
+            with use_extra_state(self._model, state.extra_state):
+                outputs = self._call_model(model_params, state, batch)
+        else:
             outputs = self._call_model(model_params, state, batch)
         losses = compute_losses(self._loss, outputs, batch)
         # Detached, as a returned parameter would change with the next update.
@@ -129,18 +148,29 @@ class Forward:
         with self._buffers.exchange(buffers):  # by copies: a module may write to its buffers even in evaluation mode
             if self._is_fully_sharded:
                 return self._call_fully_sharded(state, batch)
-            params = self._whole_params(state)
-            if _are_same(model_params, params):
+            if self._has_params_of(state, model_params):
                 return call_model(self._model, batch)
             self._check_held_tensors(state, buffers)
-            return call_model(self._model, batch, rename_for_model(self._model, params))
+            return call_model(self._model, batch, rename_for_model(self._model, self._whole_params(state)))
+
+    def _has_params_of(self, state: TrainState, model_params: Mapping[str, Tensor]) -> bool:
+        """Return whether the model has the params of a state, which are read once for an evaluation."""
+        source = vars(state)["params"]
+        compared, views = self._compared
+        if compared is source and all(map(torch.Tensor.is_set_to, model_params.values(), views)):
+            return True
+        params = self._whole_params(state)
+        is_same = _are_same(model_params, params)
+        is_plain = {nn.Parameter}.issuperset(map(type, model_params.values()))
+        self._compared = (source, [params[name] for name in model_params]) if is_same and is_plain else _NONE
+        return is_same
 
     def _whole_params(self, state: TrainState) -> Mapping[str, Tensor]:
         """Return the params of a state; those that are sharded over ranks are gathered once for an evaluation."""
         source = vars(state)["params"]
         if self._gathered is not None and self._gathered[0] is source:
             return self._gathered[1]
-        params = state.params
+        params = dict(state.params)  # once, as some mappings make a view whenever a tensor is read
         if not any(map(is_distributed, params.values())):
             return params
         self._gathered = source, {name: whole_tensor(param) for name, param in params.items()}

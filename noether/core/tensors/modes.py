@@ -12,14 +12,20 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from noether.core.tensors.module import Modules
+
 _SHOWN: Final = 5
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module, modules: Modules | None = None) -> Iterator[None]:
     """Return a context in which a model is in evaluation mode; afterwards each module has the mode that it had before.
 
     `model.train()` could not restore the modes: it would train the parts that the user put into evaluation mode.
+
+    Args:
+        model: The model.
+        modules: What `named_modules` returns of it, where that is known.
 
     Example:
         >>> from torch import nn
@@ -30,13 +36,14 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         >>> [module.training for module in model]
         [False, True]
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for _, module in modules or named_modules(model)]
     try:
         model.eval()
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training is not mode:
+                module.training = mode
 
 
 def start_training_mode(model: nn.Module) -> None:

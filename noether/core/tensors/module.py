@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    Modules = list[tuple[str, nn.Module]]
+    """Each module of a model with its path, as `named_modules` returns them."""
+
 _WRAPPER_NAMES: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Names below which wrappers of torch keep the module: `torch.compile`, FSDP and activation checkpointing."""
 _PARALLEL_NAME: Final = "module"
 """The name in `DataParallel` and `DistributedDataParallel`; in any other module it is a name of the user's."""
 
 
-def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module) -> Modules:
     """Return each module once with its path, without the names of wrappers, in the order of `model.named_modules()`.
 
     Example:
@@ -33,7 +36,7 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
         >>> [path for path, _ in named_modules(model)]
         ['', '0', '0']
     """
-    found: list[tuple[str, nn.Module]] = []
+    found: Modules = []
     stack: list[tuple[str, nn.Module]] = [("", model)]
     seen: set[int] = set()
     while stack:
@@ -65,24 +68,28 @@ def all_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             stack += [(name, child, parents) for name, child in reversed(named) if id(child) not in parents]
 
 
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def named_parameters(model: nn.Module, modules: Modules | None = None) -> dict[str, nn.Parameter]:
     """Return the parameters by name, as `model.named_parameters()` does, without the names of wrappers.
+
+    Args:
+        model: The model.
+        modules: What `named_modules` returns of it, where that is known.
 
     Example:
         >>> list(named_parameters(torch.compile(torch.nn.Linear(2, 1))))
         ['weight', 'bias']
     """
-    return _members_by_name(model, parameters_in)
+    return _members_by_name(modules or named_modules(model), parameters_in)
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers by name, as `model.named_buffers()` does, without the names of wrappers."""
-    return _members_by_name(model, buffers_in)
+    return _members_by_name(named_modules(model), buffers_in)
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that `model.state_dict()` has, by name, without the names of wrappers."""
-    return _members_by_name(model, _persistent_in)
+    return _members_by_name(named_modules(model), _persistent_in)
 
 
 def frozen_names(model: nn.Module) -> frozenset[str]:
@@ -215,11 +222,11 @@ def _persistent_in(module: nn.Module) -> Mapping[str, Any]:
     return {key: buffer for key, buffer in buffers.items() if key not in others} if others else buffers
 
 
-def _members_by_name(model: nn.Module, members_of: Callable[[nn.Module], Mapping[str, Any]]) -> dict[str, Any]:
+def _members_by_name(modules: Modules, members_of: Callable[[nn.Module], Mapping[str, Any]]) -> dict[str, Any]:
     """Return members of all modules by name, each tensor once."""
     named: dict[str, Any] = {}
     seen: set[int] = set()
-    for path, module in named_modules(model):
+    for path, module in modules:
         for key, tensor in members_of(module).items():
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))

@@ -70,6 +70,9 @@ reparametrize: Final[Callable[..., Any]] = _find("nn.utils.stateless._reparametr
 model again in the backward pass.
 """
 
+set_grad_enabled: Final[Callable[[bool], None]] = _find("_C._set_grad_enabled")
+"""Set whether autograd records; `torch.no_grad()` takes longer than an operation on few numbers."""
+
 _write_count: Final = attrgetter("_version")
 
 
@@ -433,6 +436,14 @@ def _check_members() -> None:
     _expect(non_persistent_in(norm), {"cache"})
 
 
+def _check_set_grad_enabled() -> None:
+    enabled = torch.is_grad_enabled()
+    set_grad_enabled(False)
+    found = torch.is_grad_enabled()
+    set_grad_enabled(enabled)
+    _expect((found, torch.is_grad_enabled()), (False, enabled))
+
+
 def _check_foreach() -> None:
     tensors = [torch.zeros(1), torch.ones(2)]
     foreach_add_(tensors, 1)
@@ -563,6 +574,7 @@ _CHECKS: Final = (
     _Check("storage_use_count, storage_handle", "donation finds tensors that have other users", _check_storages),
     _Check("write_counts", "the step refuses a model that writes to its parameters", _check_write_counts),
     _Check("run_backward", "gradients of the step on the CPU", _check_run_backward),
+    _Check("set_grad_enabled", "evaluations without gradients", _check_set_grad_enabled),
     _Check("reparametrize", "the step calls the model with the weights of a state", _check_reparametrize),
     _Check("buffers_in, non_persistent_in", "calls with the buffers of a state", _check_buffers),
     _Check("children_in, parameters_in", "states read live modules", _check_members),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from noether.core.state import TrainState
+    from noether.core.tensors.module import Modules
 
 _NONE: Final = "none"
 _MISSING: Final = "missing"
@@ -194,6 +195,7 @@ class BufferPlaces:
 
     Args:
         model: The model.
+        modules: What `named_modules` returns of it, where that is known.
 
     Example:
         >>> model = torch.nn.BatchNorm1d(1)
@@ -206,10 +208,10 @@ class BufferPlaces:
         [0.0, 0.20000000298023224, 0.0]
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, modules: Modules | None = None) -> None:
         self._model = model
         self._constructed = describe_constructed(model)
-        modules = named_modules(model)
+        modules = modules or named_modules(model)
         self._prefixes = [f"{path}." if path else "" for path, _ in modules]
         self._dicts = [buffers_in(module) for _, module in modules]
         self._read_places()
@@ -264,12 +266,14 @@ class BufferPlaces:
     @contextmanager
     def exchange(self, buffers: Mapping[str, Tensor]) -> Iterator[None]:
         """Return a context in which the model has copies of other buffers."""
-        before = [dict(place.items()) for place in self._dicts]
+        before = [dict(place.items()) for place in self._dicts] if any(self._dicts) else []
         self.place(buffers)
         try:
             yield
         finally:
-            for place, held in zip(self._dicts, before, strict=True):
+            if not before and any(self._dicts):  # forward registered the first ones
+                before = [{}] * len(self._dicts)
+            for place, held in zip(self._dicts, before, strict=False):
                 for key in [key for key in place.keys() if key not in held]:  # noqa: SIM118  # TorchScript has no other
                     del place[key]
                 for key, buffer in held.items():
@@ -284,7 +288,7 @@ class BufferPlaces:
                 alias = name if buffer is None else first.setdefault(id(buffer), name)
                 self._places.append((place, key, name, alias))
         self._names = {name for _, _, name, _ in self._places}
-        self._non_persistent = non_persistent_names(self._model)
+        self._non_persistent = non_persistent_names(self._model) if self._places else frozenset()
 
     def _register(self, buffers: Mapping[str, Tensor]) -> None:
         """Register buffers that forward registered before, maybe in another process."""

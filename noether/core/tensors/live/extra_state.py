@@ -110,9 +110,12 @@ def check_extra_state(model: nn.Module) -> None:
 
 def modules_with_extra_state(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that define `get_extra_state`, with their paths."""
-    for path, module in named_modules(model):
-        if type(module).get_extra_state is not nn.Module.get_extra_state:
-            yield path, module
+    yield from (pair for pair in named_modules(model) if has_extra_state(pair[1]))
+
+
+def has_extra_state(module: nn.Module) -> bool:
+    """Return whether a module defines `get_extra_state`."""
+    return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 def _read(path: str, module: nn.Module) -> Any:
