@@ -263,7 +263,7 @@ def _merge_updates(effects: Sequence[LogUpdates]) -> Sequence[LogUpdates]:
         return effects
     rows: dict[int, UpdateScalars] = {}
     united: dict[tuple[int, int], FrozenDict] = {}  # rows that had the same objects have the same one again
-    quiet: dict[str, bool] = {}
+    quiet: frozenset[str] = frozenset()
     for effect in effects:
         for row in effect.rows:
             update, values = row.iteration.update, row.values
@@ -272,21 +272,21 @@ def _merge_updates(effects: Sequence[LogUpdates]) -> Sequence[LogUpdates]:
                 pair = id(before), id(values)
                 values = united.get(pair) or united.setdefault(pair, FrozenDict({**before, **values}))
             rows[update] = row._replace(values=values)
-        keys = set().union(*{id(row.values): row.values for row in effect.rows}.values())
-        quiet |= {key: key in effect.quiet for key in keys}
-    return (LogUpdates(tuple(row for _, row in sorted(rows.items())), _quiet_keys(quiet)),)
+        keys = frozenset().union(*{id(row.values): row.values for row in effect.rows}.values())
+        quiet = quiet - keys | effect.quiet & keys
+    return (LogUpdates(tuple(row for _, row in sorted(rows.items())), quiet),)
 
 
 def _merge_scalars(effects: Sequence[LogScalars]) -> Sequence[LogScalars]:
     if len(effects) == 1:
         return effects
-    values = {key: value for effect in effects for key, value in effect.values.items()}
-    quiet = {key: key in effect.quiet for effect in effects for key in effect.values}
-    return (LogScalars(FrozenDict(values), _quiet_keys(quiet)),)
-
-
-def _quiet_keys(is_quiet: Mapping[str, bool]) -> frozenset[str]:
-    return frozenset(key for key, quiet in is_quiet.items() if quiet)
+    values: dict[str, Any] = {}
+    quiet: frozenset[str] = frozenset()
+    for effect in effects:
+        keys = effect.values.keys()
+        values.update(effect.values)
+        quiet = quiet - keys | effect.quiet & keys
+    return (LogScalars(FrozenDict(values), quiet),)
 
 
 def _merge_summary(effects: Sequence[SetSummary]) -> tuple[SetSummary]:
