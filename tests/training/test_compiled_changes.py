@@ -185,6 +185,72 @@ def test_a_number_that_something_changes_before_every_update_ends_compilation(mo
     assert "2 updates in a row had to be compiled again, because a Python value that forward or the loss" in message
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """Return a list of the graphs that are compiled."""
+    found = []
+
+    def backend(graph, inputs):
+        found.append(graph)
+        return graph
+
+    monkeypatch.setitem(CompiledGraph.__init__.__kwdefaults__, "backend", backend)
+    return found
+
+
+def test_graphs_are_found_again_when_what_forward_reads_has_an_earlier_value(graphs, caplog):
+
+    def alternate(model):
+        model.calls = (model.calls + 1) % 3
+
+    def train_net(wrap):
+        return train(wrap(make_step(Net(lambda model: model.calls), donate=True)), updates=11, between=alternate)
+
+    torch.testing.assert_close(train_net(CompiledStep), train_net(lambda step: step))
+    assert len(graphs) == 3
+    assert not warnings_in(caplog)
+
+
+def test_graphs_that_torch_discards_are_compiled_again(graphs, caplog):
+    def discard(model):
+        model.calls += 1
+        if model.calls == 5:
+            torch.compiler.reset()
+
+    steps = [make_step(Net()), CompiledStep(make_step(Net(), donate=True))]
+    torch.testing.assert_close(*(train(step, updates=7, between=discard) for step in steps))
+    assert len(graphs) == 2
+    assert not warnings_in(caplog)
+
+
+def strided(tensor):
+    """Return the same values, with another order in memory."""
+    return tensor.t().contiguous().t() if tensor.ndim > 1 else tensor
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.double, strided], ids=["double", "strided"])
+def test_params_of_another_form_get_another_graph(change, graphs, caplog):
+    """Torch does not check them; back in the first form, they have the first graph."""
+
+    def train_forms(step):
+        states = [TrainState.from_module(Net())]
+        states.append(states[0].replace(params={name: change(param) for name, param in states[0].params.items()}))
+        found = []
+        for index in (0, 0, 1, 1, 0):
+            dtype = states[index].params["head.weight"].dtype
+            batch = [(torch.ones(4, 3, dtype=dtype), torch.ones(4, 2, dtype=dtype))]
+            params = step(states[index], batch)[0].params
+            found.append({name: param.detach().clone() for name, param in params.items()})
+        return found
+
+    torch.manual_seed(0)
+    expected = train_forms(make_step(Net()))
+    torch.manual_seed(0)
+    torch.testing.assert_close(train_forms(CompiledStep(make_step(Net()))), expected)
+    assert len(graphs) == 2
+    assert not warnings_in(caplog)
+
+
 def test_a_graph_that_later_cannot_be_compiled_loses_no_update(caplog):
     """The change comes when the tensors are donated already."""
 

@@ -210,7 +210,17 @@ def optimizer_attributes() -> frozenset[str]:
 _REFUSED: Final = "not compiled: "
 _REGISTERED: Final = re.compile(r"\._(parameters|buffers)$")
 _DEFINITIONS: Final = (FunctionType, BuiltinFunctionType, ModuleType, type)
-_DEFINITION_GUARD: Final = re.compile(r"G\['\w+'\]|G\['__import_(torch|noether)\w*'\][.\w]*")
+_DEFINITION_GUARD: Final = re.compile(
+    r"G\['\w+'\]|G\['(?!__import_)\w+'\]\.\w+|G\['__import_(torch|noether)\w*'\][.\w]*|__import__\('torch'\)"
+    r"|G\['__builtins_dict___\d+'\]\['\w+'\]"
+)
+_CONSTANT_GUARD: Final = re.compile(
+    r".*\bG\['__import_noether\w*'\]\.(_?[A-Z]|\w+\.__closure__).*"
+    r"|.*\bG\['__import_torch_dot_(_functorch|nn_dot_utils|optim)\w*'\]\..*\.__(func|closure|(kw)?defaults)__.*"
+    r"|G\['\w+'\]\.__(kw)?defaults__.*"
+    r"|.*\b_pytree'?\]?\.(SUPPORTED_NODES|_LEAF_SPEC)\b.*"
+)
+"""Constants of noether, and the defaults and closures of its functions and of those of torch that it calls."""
 
 
 class NewGraphError(NoetherError):
@@ -239,13 +249,17 @@ class CompiledGraph:
     A call that has to compile a graph raises an error and changes nothing, so it may use the caller's own tensors and
     objects. The next call runs the graph.
 
-    Torch evaluates about a thousand guards before each call, which takes as long as some of the kernels. Half of them
-    check that the name of a function, class or module still has the same meaning, or check a value that `fixed` names;
-    the compiled function has none of these.
+    Torch evaluates about a thousand guards before each call, which takes as long as some of the kernels. Most of them
+    check that the name of a function, class or module still has the same meaning, check constants of torch and noether,
+    or check arguments and attributes that `watched` does not name; the compiled function has none of these.
+
+    A compiled function of torch finds its graph in the interpreter of Python, which takes as long again. So a call
+    evaluates the guards of the graphs that it knows itself, and calls torch only if all of them fail.
 
     Args:
-        function: The function to compile.
-        fixed: Beginnings of the names of values that never change, such as `self._names`.
+        function: The method to compile; it takes positional arguments.
+        watched: Beginnings of the names of arguments and attributes whose type, value or form may change between calls,
+            such as `self.model`. All others stay as they are, but tensors may have other values.
         backend: Name of the compiler.
         refuse: Returns why a function must not be compiled, from a trace of what it does, or None.
     """
@@ -255,15 +269,23 @@ class CompiledGraph:
         function: Callable[..., Any],
         *,
         refuse: Callable[[Trace], str | None],
-        fixed: tuple[str, ...] = (),
+        watched: tuple[str, ...],
         backend: str = "inductor",
     ) -> None:
         self._has_begun = False  # whether the last call ran its graph
         self._begin: Callable[[], object] = nullcontext
         self._backend, self._refuse = backend, refuse
+        self._method: Any = function
+        code = function.__func__.__code__  # type: ignore[attr-defined]  # it is a method
+        self._names = names = code.co_varnames[: code.co_argcount]
+        self._graphs: list[tuple[Any, Callable[..., Any]]] = []  # guards of each graph, and the code that calls it
 
         def keep(guards: Sequence[Any]) -> list[bool]:
-            return [not (_is_definition(guard) or guard.name.startswith(fixed)) for guard in guards]
+            return [not (_is_definition(guard) or is_fixed(guard.name)) for guard in guards]
+
+        def is_fixed(name: str) -> bool:
+            is_local = re.split(r"\W", name, maxsplit=1)[0] in names
+            return not name.startswith(watched) if is_local else _CONSTANT_GUARD.fullmatch(name) is not None
 
         self._function = torch.compile(
             function, fullgraph=True, dynamic=False, backend=self._compile, options={"guard_filter_fn": keep}
@@ -281,8 +303,13 @@ class CompiledGraph:
             RefusedGraphError: If it cannot be compiled, or is refused; then nothing has run.
         """
         self._has_begun, self._begin = False, begin
+        arguments = (self._method.__self__, *args)
+        values = dict(zip(self._names, arguments, strict=True))
         try:
-            return self._function(*args)
+            for guards, run in self._graphs:
+                if guards.cache_entry is not None and guards.check(values):  # torch has not discarded the graph
+                    return run(*arguments)
+            result = self._function(*args)
         except NewGraphError:
             raise
         except Exception as error:  # torch, its compiler and the traced code raise errors of any type
@@ -290,6 +317,15 @@ class CompiledGraph:
                 raise
             _, marker, reason = str(error).partition(_REFUSED)  # torch adds words before and after it
             raise RefusedGraphError(reason.splitlines()[0] if marker else str(error)) from error
+        self._graphs = self._find_graphs()
+        return result
+
+    def _find_graphs(self) -> list[tuple[Any, Callable[..., Any]]]:
+        """Return the guards of each graph that was compiled here, and the code that calls it."""
+        function = self._method.__func__
+        entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(function)  # noqa: SLF001  # torch has no public way to the graphs of a function
+        ours = [entry for entry in entries if getattr(entry.backend, "compiler_fn", None) == self._compile]
+        return [(entry.guard_manager, FunctionType(entry.code, function.__globals__)) for entry in ours]
 
     def _compile(self, graph: Any, inputs: list[Tensor]) -> Callable[..., Any]:
         reason = self._refuse(_read_trace(graph))
@@ -525,11 +561,15 @@ class _Scaling:
     def __call__(self, tensor: Tensor) -> Tensor:
         return tensor * self.read * self.fixed
 
+    def count(self, inputs: tuple[Tensor, Tensor]) -> Any:
+        self.read += 1
+        return torch.func.grad(lambda inputs: inputs[0].square())(inputs)
+
 
 def _check_compile_graph() -> None:
     scaling = _Scaling()
     traces: list[Trace] = []
-    compiled = CompiledGraph(scaling.__call__, fixed=("self.fixed",), backend="eager", refuse=traces.append)
+    compiled = CompiledGraph(scaling.__call__, watched=("self.read",), backend="eager", refuse=traces.append)
 
     def call() -> float | None:
         try:
@@ -543,15 +583,15 @@ def _check_compile_graph() -> None:
     scaling.read = 3.0
     found += [call(), call()]
     _expect(found, [None, 20.0, 20.0, None, 300.0])
-
-    def count(inputs: tuple[Tensor, Tensor]) -> Any:
-        scaling.read += 1
-        return torch.func.grad(lambda inputs: inputs[0].square())(inputs)
+    compiled._function = refuse_to_compile  # noqa: SLF001  # the known graphs must not need it
+    scaling.read = 2.0
+    _expect(call(), 20.0)
 
     with suppress(NewGraphError):
-        CompiledGraph(count, backend="eager", refuse=traces.append)((torch.ones(()), torch.ones(())), begin=nullcontext)
+        graph = CompiledGraph(scaling.count, watched=("self.read",), backend="eager", refuse=traces.append)
+        graph((torch.ones(()), torch.ones(())), begin=nullcontext)
     _expect(([name.rpartition(".")[2] for name in traces[-1].changes], traces[-1].unused), (["read"], [{1}]))
-    _expect(scaling.read, 3.0)
+    _expect(scaling.read, 2.0)
 
 
 def _check_default_store() -> None:

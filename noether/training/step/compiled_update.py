@@ -30,20 +30,11 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.training.step.step import Settings, Step
 
-_FIXED: Final = ("self._groups", "self._names", "self._places", "self._buffers", "self._trainable")
-"""Attributes of a `CompiledUpdate` that never change."""
+_WATCHED: Final = ("self._step.model", "self._step.loss", "buffer_tensors", "calls", "samples")
+"""What torch checks before it calls a graph; `CompiledUpdate` compares the form of all other tensors."""
 
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """A batch, and the arguments of the model for it."""
-
-
-class _Part(NamedTuple):
-    """Weighted gradients, losses, outputs of one micro-batch, and the buffers after it."""
-
-    grads: dict[str, Tensor]
-    losses: dict[str, Tensor]
-    outputs: Any
-    buffers: Mapping[str, Tensor]
 
 
 class UpdateResult(NamedTuple):
@@ -83,7 +74,8 @@ class CompiledUpdate:
         self._buffers = tuple(step.buffers.collect(state))
         self._lr = [torch.tensor(torch.nan) for _ in self._groups]
         self._rates: list[float] = []
-        self._graph = CompiledGraph(self._update, fixed=_FIXED, refuse=self._refuse)
+        self._graphs: dict[tuple[Any, ...], CompiledGraph] = {}  # by the form of the params and memory
+        self._written: list[Tensor] = []
 
     def __call__(
         self,
@@ -113,14 +105,24 @@ class CompiledUpdate:
         calls = [(batch, *model_arguments(self._step.model, batch)) for batch in batches]
         memory = opt_state.get("state", {})
         # Lists: torch would compare the keys of dicts before every update.
+        param_tensors = [params[name] for name in self._names]
         memory_tensors = [memory[name][key] for name, key in self._places]
+        graph = self._graph_for(param_tensors + memory_tensors)
         with torch.no_grad():
             self._set_rates([settings[group]["lr"] for group in self._groups])
-            param_tensors = [params[name] for name in self._names]
             buffer_tensors = [buffers[name] for name in self._buffers]
             arguments = (param_tensors, memory_tensors, buffer_tensors, calls, samples, self._lr)
-            result: UpdateResult = self._graph(*arguments, begin=begin)
-            return result
+            return UpdateResult(*graph(*arguments, begin=begin))
+
+    def _graph_for(self, written: list[Tensor]) -> CompiledGraph:
+        """Return the graph for params and memory of this form."""
+        if list(map(id, written)) != list(map(id, self._written)):
+            self._written = written
+            form = tuple(map(_describe_form, written))
+            if form not in self._graphs:
+                self._graphs[form] = CompiledGraph(self._update, watched=_WATCHED, refuse=self._refuse)
+            self._graph = self._graphs[form]
+        return self._graph
 
     def _set_rates(self, rates: list[float]) -> None:
         """Set the learning rates; they are tensors, because torch would compile a graph for each float."""
@@ -146,7 +148,8 @@ class CompiledUpdate:
         calls: Sequence[_Call],
         samples: tuple[int, ...],
         lr: list[Tensor],
-    ) -> UpdateResult:
+    ) -> tuple[Any, ...]:
+        """Return the fields of `UpdateResult`; a tuple, because torch would guard its class."""
         params = dict(zip(self._names, param_tensors, strict=True))
         buffers: Mapping[str, Tensor] = dict(zip(self._buffers, buffer_tensors, strict=True))
         memory: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self._places}
@@ -157,13 +160,12 @@ class CompiledUpdate:
         outputs: list[Any] = []
         for call, size in zip(calls, samples, strict=True):
             weight = size / sum(samples)
-            part = self._run_backward(params, buffers, call, weight)
-            if losses and losses.keys() != part.losses.keys():
+            part_grads, part_losses, part_outputs, buffers = self._run_backward(params, buffers, call, weight)
+            if losses and losses.keys() != part_losses.keys():
                 raise ValueError("some micro-batches of an update have other losses than the others")
-            add_terms(grads, part.grads)
-            add_terms(losses, {name: loss if weight == 1 else loss * weight for name, loss in part.losses.items()})
-            outputs.append(part.outputs)
-            buffers = part.buffers
+            add_terms(grads, part_grads)
+            add_terms(losses, {name: loss if weight == 1 else loss * weight for name, loss in part_losses.items()})
+            outputs.append(part_outputs)
         copies = copy_gradients(grads) if self._copies_gradients else None
         grads, grad_norm = self._step.clip(grads, traceable_total_norm)
         for rate, (settings, names) in zip(lr, self._groups.values(), strict=True):
@@ -175,11 +177,12 @@ class CompiledUpdate:
                 [memory.get(name, {}) for name in names],
             )
         total = losses["total"]
-        return UpdateResult(losses, tuple(outputs), buffers, grad_norm, copies, total - total == 0)
+        return losses, tuple(outputs), buffers, grad_norm, copies, total - total == 0
 
     def _run_backward(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], call: _Call, weight: float
-    ) -> _Part:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Any, Mapping[str, Tensor]]:
+        """Return weighted gradients, losses, outputs of one micro-batch, and the buffers after it."""
         batch, arguments, keywords = call
 
         def total(trained: dict[str, Tensor]) -> tuple[Tensor, Any]:
@@ -196,7 +199,13 @@ class CompiledUpdate:
             {name: params[name] for name in self._trainable}
         )
         # Copies: an output that is a parameter would otherwise show the value after the update.
-        return _Part(grads, losses, map_tensors(torch.clone, outputs), new_buffers)
+        return grads, losses, map_tensors(torch.clone, outputs), new_buffers
+
+
+def _describe_form(tensor: Tensor) -> tuple[Any, ...]:
+    """Return all of a tensor that a graph is compiled for; only its values may differ at the next call."""
+    layout = (tensor.stride(), tensor.is_conj(), tensor.is_neg()) if tensor.layout is torch.strided else tensor.layout
+    return type(tensor), tensor.dtype, tensor.device, tensor.shape, layout, tensor.requires_grad
 
 
 def _shorten_name(name: str) -> str:
