@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noether.session.randomness import derive, seed_all, seed_torch
+from noether.session.randomness import derive, seed_all, seed_torch, update_seed
 
 SEEDS = st.integers(-(2**63), 2**63 - 1)
 USES = st.tuples(SEEDS, st.sampled_from(["update", "order", "sample", "params"]), st.lists(st.integers(0, 2**40)))
@@ -37,6 +37,11 @@ def test_seeds_stay_what_they_are():
     """A run resumed by another version of noether, Python or torch continues with the same numbers."""
     assert derive(0, "update", 0, 0) == 1_191_140_349_930_652_144
     assert derive(-1, "sample", 12, 345) == 6_463_577_174_061_727_580
+
+
+@given(st.lists(st.tuples(SEEDS, st.integers(0, 200) | st.integers(0, 2**40), st.integers(0, 8)), min_size=1))
+def test_seeds_of_updates_are_derived_seeds_whatever_was_asked_before(uses):
+    assert [update_seed(*use) for use in uses] == [derive(seed, "update", *counts) for seed, *counts in uses]
 
 
 @given(st.integers(0, 2**63 - 1))
