@@ -16,7 +16,8 @@ from noether.core.callback import (
 )
 from noether.core.callback_checks import check_bound, check_callback, check_effects, check_result
 from noether.core.declarations import check_declarations
-from noether.core.errors import NoetherError, suggest
+from noether.core.effect import LogUpdates
+from noether.core.errors import CallbackError, NoetherError, suggest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
 from noether.core.metric_keys import keys_overlap
 from noether.core.overwrites import check_overwrites
@@ -162,24 +163,29 @@ class Reducer:
         Args:
             state: The state after the last of the updates, or a later one that no member has seen.
             updates: Updates in a row, for each of which `can_wait` returned True.
+
+        Raises:
+            CallbackError: If a member changes what the next update reads, or requests other effects than `LogUpdates`:
+                both would come too late.
         """
         requests: list[tuple[Callback, Effects]] = []
+        effects: Effects = ()
         event = updates[-1].event
         member: Callback = identity
         try:
             for member, follow in self._calls_at_update.followers or ():
                 result = follow(state, updates)
                 check_result(member, result)
-                if result[0] is not state:
-                    _check_change(member, state, result, event)
+                _check_follower(member, state, *result)
                 state = result[0]
+                effects += result[1]
                 requests += [(member, result[1])] if result[1] else []
             if len(requests) > 1:
                 check_overwrites(requests, event)
         except BaseException as error:
-            _note_place(error, member, (), state, event)
+            _note_place(error, member, effects, state, event)
             raise
-        return state, tuple(effect for _, effects in requests for effect in effects)
+        return state, effects
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.members, self._outermost)
@@ -339,6 +345,8 @@ def _note_place(error: BaseException, member: Callback, effects: Effects, state:
     attach_effects(error, effects + remaining_effects(error))
 
 
+_READ_LATER: Final = frozenset({"callback_states", "metrics"})
+"""Fields of a state that callbacks read, and updates do not."""
 _LOOP_FIELDS: Final = (
     "iteration", "previous", "epoch_start", "epoch_batches", "seed", "ended", "pending", "lengths",
 )  # fmt: skip
@@ -366,6 +374,19 @@ def _check_change(member: Callback, before: TrainState, result: tuple[TrainState
     if isinstance(event, BeforeTraining) and event.resumed:
         raise ValueError(
             f"{label_of(member)} changed the state in a resumed BeforeTraining; it may only return effects"
+        )
+
+
+def _check_follower(member: Callback, before: TrainState, after: TrainState, effects: Effects) -> None:
+    """Refuse what depends on when a callback hears of updates that wait."""
+    old, new = vars(before), vars(after)
+    changed = [name for name in new if new[name] is not old[name] and name not in _READ_LATER]
+    late = [f"changed state.{name}" for name in changed]
+    late += [f"requested {effect!r}" for effect in effects if not isinstance(effect, LogUpdates)]
+    if late:
+        raise CallbackError(
+            f"{label_of(member)} {late[0]} as it heard of several updates at once, which comes too late: let can_wait "
+            "return False for such an update, or define track_after_update_step in place of track_updates"
         )
 
 

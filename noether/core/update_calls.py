@@ -80,4 +80,5 @@ def _schedule_at_updates(member: Callback) -> Schedule | None:
 
 
 def _is_always_due(schedule: Schedule) -> bool:
-    return any(each.interval == 1 and each.window == ALWAYS for each in schedule.members)
+    # Not at every sample: an update may have none.
+    return any(each.counter == "update" and each.interval == 1 and each.window == ALWAYS for each in schedule.members)

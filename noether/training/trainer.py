@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, final
@@ -89,6 +90,7 @@ class Trainer:
         """Return the state at the end of the run, or where it was interrupted."""
         settled = state if resumed else None
         event: Event | None = None  # that is being dispatched
+        stretch = Stretch(self.reducer, self.interpreter)
         try:  # all in one frame: another one would keep the tensors of the initial state alive until the end
             try:
                 event = self._make_event(BeforeTraining, resumed=resumed)
@@ -106,23 +108,24 @@ class Trainer:
                 while (move := next_move(state, self.run)) is not Move.NOTHING and not self._is_interrupted():
                     if move is Move.UPDATE:
                         state, event, since_s = self._update(state, since_s)
-                        if self._stretch.holds(state, event):
+                        if stretch.holds(state, event):
                             settled, event = state, None
                             continue
-                        state = self._stretch.tell(state)
+                        state = stretch.tell(state)
                     else:
-                        settled = state = self._stretch.tell(state)
+                        settled = state = stretch.tell(state)
                         state, event = self._end(move, state)
-                    self._stretch.run_effects(state)
+                    stretch.run_effects(state)
                     state = dispatch(state, event, self.reducer, self.interpreter)
                     settled, event = state, None
             except DataInterrupt:
                 settled, event = _settle(settled, state, event), None
             if settled is not None:
-                settled = self._tell_of_stretch(settled)
+                settled = stretch.tell(settled)
+                stretch.run_effects(settled)
                 self.finish(settled)
         except BaseException as error:
-            self._report(error, settled, state, event)
+            self._report(error, settled, state, event, stretch)
             raise
         else:
             return state if settled is None else settled
@@ -132,16 +135,6 @@ class Trainer:
     @cached_property
     def _last_update(self) -> int:
         return self.run.final.update
-
-    @cached_property
-    def _stretch(self) -> Stretch:
-        return Stretch(self.reducer, self.interpreter)
-
-    def _tell_of_stretch(self, settled: TrainState) -> TrainState:
-        """Return the last settled state once the callbacks know of all updates before it."""
-        settled = self._stretch.tell(settled)
-        self._stretch.run_effects(settled)
-        return settled
 
     def _update(self, state: TrainState, since_s: float) -> tuple[TrainState, AfterUpdate, float]:
         """Return the state after one update, its event, and the time at which it was completed."""
@@ -228,13 +221,19 @@ class Trainer:
         event = event.complete(run=self.run, time_s=self.clock.wall_s())
         return dispatch(state, event, self.reducer, self.interpreter)
 
-    def _report(self, error: BaseException, settled: TrainState | None, state: TrainState, event: Event | None) -> None:
+    def _report(
+        self, error: BaseException, settled: TrainState | None, state: TrainState, event: Event | None, stretch: Stretch
+    ) -> None:
         at = AfterUpdate.of(run=self.run, time_s=self.clock.wall_s()) if event is None else event
         settled = _settle(settled, state, event)
         try:
-            settled = None if settled is None else self._tell_of_stretch(settled)
-        except Exception:  # noqa: BLE001  # the error that is reported
+            told = stretch.tell(state if settled is None else settled)  # if nothing is saved, for the logs
+        except BaseException:  # noqa: BLE001  # the error that is reported, or one that follows from it
             settled = None
+        else:
+            settled = None if settled is None else told
+            with suppress(Exception):  # the logs of these updates; the error that is reported came first
+                stretch.run_effects(told)
         self.fail(error, settled, state, at)
 
     def _stop_together(self, state: TrainState) -> None:

@@ -25,6 +25,8 @@ from noether import (
 )
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogUpdates
+from noether.core.errors import CallbackError
+from noether.core.reducer import remaining_effects
 from noether.core.stretch import Stretch
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.interpreter import Interpreter
@@ -121,6 +123,104 @@ def test_a_callback_that_has_to_see_each_update_lets_none_wait(callback):
     assert not make_stretch(callback).holds(*update(1))
 
 
+class OtherFirings(LrCallback):
+    def periodic_callback(self, state, event, interval):
+        return state, (LogText("lr"),)
+
+
+class OtherUpdates(LrCallback):
+    def after_update(self, state, event):
+        return state, (LogText("lr"),)
+
+
+class OtherEvents(LrCallback):
+    def __call__(self, state, event):
+        return state, (LogText("lr"),)
+
+
+@pytest.mark.parametrize("kind", [OtherFirings, OtherUpdates, OtherEvents])
+def test_a_subclass_with_other_firings_sees_each_update(kind):
+    reducer, (state, event) = compose(kind(every_n_updates=1)), update(2)
+    assert not reducer.can_wait(state, event)
+    assert reducer(state, event)[1] == (LogText("lr"),)
+
+
+class CountsFirings(LrCallback):
+    """Fires as its parent does, and counts."""
+
+    def init(self, state):
+        return {"firings": 0}
+
+    def periodic_callback(self, state, event, interval):
+        state, effects = super().periodic_callback(state, event, interval)
+        return state.remember("firings", state.memory("firings") + 1), effects
+
+    def fire_updates(self, state, updates):
+        state, effects = super().fire_updates(state, updates)
+        return state.remember("firings", state.memory("firings") + len(updates)), effects
+
+
+def test_a_subclass_that_defines_both_kinds_of_firings_may_hear_of_updates_later():
+    check_stretches(CountsFirings(every_n_updates=1), examples=10)
+
+
+class Says(OnlineLossCallback):
+    def track_after_update_step(self, state, event):
+        state, effects = super().track_after_update_step(state, event)
+        return state, (*effects, LogText(f"{state.iteration}"))
+
+
+class SaysAfter(OnlineLossCallback):
+    def after_update(self, state, event):
+        state, effects = super().after_update(state, event)
+        return state, (*effects, LogText(f"{state.iteration}"))
+
+
+@pytest.mark.parametrize("kind", [Says, SaysAfter])
+def test_a_subclass_that_extends_the_hook_of_single_updates_tracks_them(kind):
+    reducer, (state, event) = compose(kind(every_n_updates=2)), update(1, losses={"total": 0.5})
+    assert not reducer.can_wait(state, event)
+    state, effects = reducer(state, event)
+    assert effects == (LogText("E0_U1_S2"),)
+    assert state.memory(f"{kind.__name__}/U2")["sums"]["total"] == 1.0
+
+
+def test_an_update_without_samples_is_no_firing_for_an_interval_of_one_sample():
+    reducer, state, rows = compose(LrCallback(every_n_samples=1)), TrainState(), []
+    stretch = Stretch(reducer, Interpreter({LogUpdates: [lambda effect, *_: rows.extend(effect.rows)]}))
+    held = []
+    for samples in (2, 2, 0, 0, 2):
+        state, event = state.advance(samples=samples), AfterUpdate(samples=samples, lr={"default": 0.1})
+        held.append(stretch.holds(state, event))
+        if not held[-1]:
+            state, effects = reducer(stretch.tell(state), event)
+            assert len(effects) == 1
+        stretch.run_effects(state)
+    assert (held, rows) == ([False, False, True, True, False], [])
+
+
+class Stops(CountsCalls):
+    def track_updates(self, state, updates):
+        return state.request_stop("enough"), ()
+
+
+class Scales(CountsCalls):
+    def track_updates(self, state, updates):
+        return state.replace(hyperparams=FrozenDict(lr_scale=0.5)), ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "late"),
+    [(Stops, "changed state.stop"), (Scales, "changed state.hyperparams"), (LogsText, "requested LogT")],
+)
+def test_what_comes_too_late_for_updates_that_wait_is_refused(kind, late):
+    stretch, (state, event) = make_stretch(kind(every_n_epochs=1)), update(1)
+    assert stretch.holds(state, event)
+    with pytest.raises(CallbackError, match=rf"{kind.__name__}/E1 {late}.*let can_wait return False"):
+        stretch.tell(state)
+    assert compose(kind(every_n_epochs=1))(state, event)  # alone, an update may be answered
+
+
 def test_an_update_at_which_a_gate_opens_does_not_wait():
     reducer = compose(say_update, every_n_epochs(1)(lambda state, event: (state, ())))
     stretch, held = Stretch(reducer, Interpreter({LogUpdates: []})), []
@@ -159,9 +259,11 @@ def test_an_error_names_the_callback_and_keeps_the_updates():
         def track_updates(self, state, updates):
             raise ValueError("no such loss")
 
-    stretch, (state, event) = make_stretch(Fails(every_n_epochs=1, id="mine")), update(1)
+    lr = LrCallback(every_n_updates=1)
+    stretch, (state, event) = make_stretch(lr, Fails(every_n_epochs=1, id="mine")), update(2, lr={"default": 0.1})
     assert stretch.holds(state, event)
     for _ in range(2):  # the updates are not forgotten
         with pytest.raises(ValueError, match="no such loss") as caught:
             stretch.tell(state)
         assert "raised by the callback 'mine'" in caught.value.__notes__[0]
+        assert [len(effect.rows) for effect in remaining_effects(caught.value)] == [1]  # of the callback before

@@ -95,10 +95,14 @@ def start():
     return donate(TrainState(params={"weight": torch.ones(1, 2), "bias": torch.zeros(1)}))
 
 
-def train(state, callbacks, log, *, epochs=3, tick_s=0.001, fails_at=None, resumed=False, **settings):
+def train(state, callbacks, log, *, resumed=False, **settings):
+    return make_trainer(callbacks, log, **settings)(state, resumed=resumed)
+
+
+def make_trainer(callbacks, log, *, epochs=3, tick_s=0.001, fails_at=None, loss=measure, **settings):
     step = Step(
         model=nn.Linear(2, 1),
-        loss=measure,
+        loss=loss,
         optimizer=FunctionalOptimizer(torch.optim.AdamW, {"lr": 0.1}),
         lr={"default": lambda position: 0.1 / (1 + position // 2)},
         donate=True,
@@ -118,7 +122,7 @@ def train(state, callbacks, log, *, epochs=3, tick_s=0.001, fails_at=None, resum
         interpreter=log.interpreter,
         clock=Clock(elapsed_s=ticks, wall_s=ticks),
         **settings,
-    )(state, resumed=resumed)
+    )
 
 
 @every_n_updates(4)
@@ -208,3 +212,74 @@ def test_an_error_of_a_callback_about_several_updates_loses_the_run_up_to_the_la
     with pytest.raises(ValueError, match="no such loss"):
         train(start(), [Fails(every_n_epochs=1)], Log(takes_stretches=True), fail=lambda *args: failed.append(args[1]))
     assert failed == [None]
+
+
+def fail_to_log(log):
+    """Make the log fail where it gets the effects of several updates, as a background save that failed before does."""
+    inner = log.interpreter
+
+    class Fails:
+        interpret_stretch = staticmethod(lambda effects, state, updates: fail("the disk is full"))
+
+        def __call__(self, effects, state, event):
+            inner(effects, state, event)
+
+    log.interpreter = Fails()
+    return log
+
+
+def fail(text):
+    raise ValueError(text)
+
+
+@pytest.mark.parametrize("ending", ["interrupted", "failed"])
+def test_a_failed_log_leaves_no_update_out_of_the_state_that_is_saved(ending):
+    settings = {"interrupted": stop_after(3)} if ending == "interrupted" else {"fails_at": 4}
+    callbacks, settled, expected = [OnlineLossCallback(every_n_epochs=1)], [], []
+    with pytest.raises((ValueError, OSError)):
+        train(
+            start(),
+            callbacks,
+            fail_to_log(Log(takes_stretches=True)),
+            fail=lambda *args: settled.append(args[1]),
+            **settings,
+        )
+    train(start(), callbacks, Log(takes_stretches=False), interrupted=stop_after(3), finish=expected.append)
+    assert_same(settled, expected)
+
+
+def test_updates_that_wait_are_logged_although_the_failed_one_overwrote_their_state(monkeypatch):
+    def check(counts, update, samples):
+        fail("too many samples") if update == 3 else None
+
+    monkeypatch.setattr("noether.training.trainer.SampleCounts.check", check)
+    lines = []
+    for takes_stretches in (False, True):
+        log, settled = Log(takes_stretches=takes_stretches), []
+        with pytest.raises(ValueError, match="too many samples"):
+            train(start(), CALLBACKS[:1], log, fail=lambda *args, settled=settled: settled.append(args[1]))
+        lines.append(log.lines)
+        assert settled == [None]
+    assert len(lines[0]) == 3
+    assert_same(lines[1], lines[0])
+
+
+def test_a_trainer_that_failed_trains_another_run():
+    class Fails(PeriodicCallback):
+        def init(self, state):
+            return {self.name: 0}
+
+        def track_updates(self, state, updates):
+            if failing:
+                raise ValueError("no such loss")
+            return state.remember(self.name, self.memory(state) + len(updates)), ()
+
+        def periodic_callback(self, state, event, interval):
+            return state, ()
+
+    failing = [True]
+    trainer = make_trainer([Fails(every_n_epochs=1, id="count")], Log(takes_stretches=True))
+    with pytest.raises(ValueError, match="no such loss"):
+        trainer(start())
+    failing.clear()
+    assert trainer(start()).memory("count") == 15

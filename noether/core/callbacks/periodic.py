@@ -152,7 +152,7 @@ class PeriodicCallback(CallbackBase):
 
     def track_after_update_step(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         """Return the state and effects of an update; called at each one, before `periodic_callback` if that is due."""
-        if self._tracks_several:
+        if self.overrides("track_updates", PeriodicCallback):
             return self.track_updates(state, (CompletedUpdate(state.iteration, event),))
         return state, ()
 
@@ -160,7 +160,8 @@ class PeriodicCallback(CallbackBase):
         """Return the state and effects of one or several updates; in place of `track_after_update_step`.
 
         A subclass may define it if a call for several updates returns what a call for each of them would, in order: if
-        it reads of the state nothing but its own memory, and of the events neither outputs nor gradients.
+        it reads of the state nothing but its own memory, and of the events neither outputs nor gradients. For updates
+        that may wait, it changes nothing of the state but memory, and requests nothing: a reducer refuses that.
 
         Args:
             state: The state after the last of the updates, or a later one.
@@ -237,9 +238,14 @@ class PeriodicCallback(CallbackBase):
 
     @property
     def _fire_updates(self) -> Follower | None:
-        if self._tracks or not self.overrides("fire_updates", PeriodicCallback):
-            return None
-        return self.fire_updates
+        """What a reducer may call in place of firings: not if a subclass changed what a firing does."""
+        kind = type(self)
+        definer = next(base for base in kind.__mro__ if "fire_updates" in vars(base))
+        is_changed = any(
+            getattr(kind, hook) is not getattr(definer, hook)
+            for hook in ("periodic_callback", "after_update", "__call__")
+        )
+        return None if definer is PeriodicCallback or self._tracks or is_changed else self.fire_updates
 
     @property
     def _tracker(self) -> Callback | None:
