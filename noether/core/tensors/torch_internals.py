@@ -332,6 +332,8 @@ class CompiledGraph:
         if reason is not None:
             raise RefusedGraphError(_REFUSED + reason)
         run = torch._dynamo.backends.registry.lookup_backend(self._backend)(graph, inputs)  # noqa: SLF001  # the compilers by name
+        # Torch wraps what this returns, so that nothing compiles the code that calls a graph; once is enough.
+        run = getattr(run, "_torchdynamo_orig_callable", run)
         is_new = True
 
         def call(*args: Any) -> Any:

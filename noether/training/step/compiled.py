@@ -66,10 +66,17 @@ class CompiledStep:
         """Return the state after one update and the event, as `Step` does up to the last bits."""
         eager = self.eager
         batches, samples = drop_empty(batches, eager.batch_size)
-        batches = SizedBatches(batches, samples)  # the plain step must not count them again
         update = None if self._is_disabled or not batches else self._find_update(state, observed=observe is not None)
-        if update is None:
-            return eager(state, batches, observe)
+        result = None if update is None else self._make_update(update, state, batches, samples)
+        if result is None:
+            return eager(state, SizedBatches(batches, samples), observe)  # it must not count them again
+        return result
+
+    def _make_update(
+        self, update: CompiledUpdate, state: TrainState, batches: Sequence[Any], samples: tuple[int, ...]
+    ) -> tuple[TrainState, AfterUpdate] | None:
+        """Return the state after the update and the event, or None if the plain step has to make it."""
+        eager = self.eager
         settings = eager.settings_for(state)
         model_tensors = ModelTensors.of(state, eager.model) if eager.donate else None
         if model_tensors is None:
@@ -85,7 +92,7 @@ class CompiledStep:
         buffers = eager.buffers.collect(state)
         result = self._run(update, state, (params, opt_state, buffers, batches, samples, settings, begin))
         if result is None:
-            return eager(state, batches, observe)
+            return None
         fields = eager.buffers.split(result.buffers)
         if eager.donate:
             model_tensors = model_tensors or ModelTensors(
@@ -118,20 +125,18 @@ class CompiledStep:
     def _run(self, update: CompiledUpdate, state: TrainState, arguments: tuple[Any, ...]) -> UpdateResult | None:
         """Return the result of an update, or None if the plain step has to make it; then nothing is changed."""
         *_, batches, samples, _, _ = arguments
-        shapes = _shapes(batches), samples
-        has_graph, is_new = shapes in self._shapes, False
-        if not has_graph and self._graphs >= (_MAX_GRAPHS if self._has_reused else _MAX_WITHOUT_REUSE):
+        is_new, is_full = False, self._graphs >= (_MAX_GRAPHS if self._has_reused else _MAX_WITHOUT_REUSE)
+        if is_full and (_shapes(batches), samples) not in self._shapes:
             self._disable(
                 f"the batches have more than {self._graphs} shapes, and each takes a graph: pad them to a few"
             )
-        self._shapes.add(shapes)
         while not self._is_disabled:
             self.eager.prepare(state)  # the compiler draws random numbers
             try:
                 result = update(*arguments)
             except NewGraphError:
                 is_new = True
-                self._count_graph(is_first=not has_graph)
+                self._count_graph((_shapes(batches), samples))
             except RefusedGraphError as error:
                 if self._was_refused:
                     self._disable(str(error))
@@ -143,10 +148,11 @@ class CompiledStep:
                 return result
         return None
 
-    def _count_graph(self, *, is_first: bool) -> None:
+    def _count_graph(self, shapes: Any) -> None:
         """Count a graph, and stop compiling if updates need one after another though their shapes have one already."""
         self._graphs += 1
-        self._graphs_in_a_row = 0 if is_first else self._graphs_in_a_row + 1
+        self._graphs_in_a_row = self._graphs_in_a_row + 1 if shapes in self._shapes else 0
+        self._shapes.add(shapes)
         if self._graphs_in_a_row >= _MAX_IN_A_ROW:
             self._disable(
                 f"{_MAX_IN_A_ROW} updates in a row had to be compiled again, because a Python value that forward or "
