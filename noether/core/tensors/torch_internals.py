@@ -96,7 +96,7 @@ def run_backward(loss: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = F
     engine: Any = torch.autograd.Variable._execution_engine  # noqa: SLF001  # the engine has no public name
     gradients: Sequence[Tensor | None] = engine.run_backward(
         (loss,),
-        (torch.ones_like(loss),),
+        (_find_ones(loss),),
         keep_graph,
         False,
         tuple(leaves),
@@ -104,6 +104,23 @@ def run_backward(loss: Tensor, leaves: Sequence[Tensor], *, keep_graph: bool = F
         accumulate_grad=False,
     )
     return gradients
+
+
+_ones: Final[dict[torch.dtype, Tensor]] = {}
+
+
+def _find_ones(loss: Tensor) -> Tensor:
+    """Return ones in the form of a loss; for a loss without dimensions, the same tensor each time.
+
+    The gradients of a loss such as `weight.sum()` are views of it. Nothing writes to gradients in place, but a backward
+    pass of the user's might; then the next loss gets another tensor.
+    """
+    if loss.dim():
+        return torch.ones_like(loss)
+    ones = _ones.get(loss.dtype)
+    if ones is None or _write_count(ones):
+        ones = _ones[loss.dtype] = torch.ones_like(loss)
+    return ones
 
 
 def children_in(module: nn.Module) -> dict[str, nn.Module | None]:
