@@ -52,6 +52,7 @@ from noether.config import load
 from noether.core.callbacks import EvaluateCallback
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.metrics import log
+from noether.core.tensors.batch import SizedBatches
 from noether.effects import open_run
 from noether.examples.digits import ConvNet
 from noether.training.experiment import Experiment, build
@@ -103,6 +104,8 @@ class Batches:
 
     def __init__(self, batches: Sequence[Any], clock_s: Callable[[], float]) -> None:
         self._batches = batches
+        # As the data of noether gives them, which knows the samples of each batch.
+        self._updates = [SizedBatches([batch], [len(batch[0])]) for batch in batches]
         self._clock_s = clock_s
         self._starts_s: list[float] = []
 
@@ -113,12 +116,12 @@ class Batches:
         self._starts_s.append(self._clock_s())
         return iter(self._batches)
 
-    def next_batches(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, tuple[Any]]:  # noqa: ARG002  # called by the trainer
+    def next_batches(self, state: TrainState, *, last: int | None = None) -> tuple[TrainState, SizedBatches]:  # noqa: ARG002  # called by the trainer
         """Return the state and the batch of its next update: the interface of noether's trainer."""
         index = state.iteration.update % len(self._batches)
         if not index:
             self._starts_s.append(self._clock_s())
-        return state, (self._batches[index],)
+        return state, self._updates[index]
 
     def close(self) -> None:
         """Do nothing: there is no prefetching."""

@@ -7,40 +7,47 @@ import os
 import weakref
 from typing import TYPE_CHECKING, Final, Protocol, final
 
+from noether.core.event import kind_of
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from noether.core.event import Event
 
-_INTERVAL_S: Final = 1.0
+UPDATES_S: Final = 1.0
+"""Seconds for which the logs of updates may be buffered."""
+EPOCHS_S: Final = 0.05
+"""Seconds for which the logs of ends of epochs may be buffered: only epochs that are very short have to wait."""
 
 
 @final
 class FlushInterval:
-    """Says when to flush: at most once a second at events of the given types, and at every other event.
+    """Says when to flush: at events of the given types at most once in some seconds, and at every other event.
 
     Time is the time that events carry. A loop that sets no time flushes at every event.
 
     Args:
-        event_types: Types of events at which a flush may be postponed.
+        seconds: Seconds since the last flush for which an event of a type postpones the next one.
 
     Example:
         >>> from noether import AfterEpoch, AfterUpdate
-        >>> interval = FlushInterval(AfterUpdate)
+        >>> interval = FlushInterval({AfterUpdate: 1.0})
         >>> [interval.is_due(AfterUpdate(time_s=time_s)) for time_s in (1.0, 1.5, 2.0, 2.5)]
         [True, False, True, False]
         >>> interval.is_due(AfterEpoch(time_s=2.5))
         True
     """
 
-    def __init__(self, *event_types: type[Event]) -> None:
-        self._event_types = event_types
+    def __init__(self, seconds: Mapping[type[Event], float]) -> None:
+        self._seconds = dict(seconds)
         self._last_s = -math.inf
 
     def is_due(self, event: Event) -> bool:
         """Return whether to flush at this event."""
-        time_s = event.time_s
-        if not isinstance(event, self._event_types) or not time_s:
+        time_s, seconds = event.time_s, self._seconds.get(kind_of(type(event)))
+        if seconds is None or not time_s:
             return True
-        if 0 <= time_s - self._last_s < _INTERVAL_S:
+        if 0 <= time_s - self._last_s < seconds:
             return False
         self._last_s = time_s
         return True
