@@ -235,9 +235,10 @@ _CONSTANT_GUARD: Final = re.compile(
     r".*\bG\['__import_noether\w*'\]\.(_?[A-Z]|\w+\.__closure__).*"
     r"|.*\bG\['__import_torch_dot_(_functorch|nn_dot_utils|optim)\w*'\]\..*\.__(func|closure|(kw)?defaults)__.*"
     r"|G\['\w+'\]\.__(kw)?defaults__.*"
-    r"|.*\b_pytree'?\]?\.(SUPPORTED_NODES|_LEAF_SPEC)\b.*"
+    r"|dict\(type\(self\..*\['named_(buffers|modules|parameters)'\]\.__defaults__.*"
+    r"|.*__import_(torch|_\('torch).*\.(SUPPORTED_NODES|_LEAF_SPEC|_MISSING|_initial_missing)\b.*"
 )
-"""Constants of noether, and the defaults and closures of its functions and of those of torch that it calls."""
+"""Constants of noether and torch, and the defaults and closures of functions of noether and of torch that it calls."""
 
 
 class NewGraphError(NoetherError):
@@ -326,7 +327,9 @@ class CompiledGraph:
             for guards, run in self._graphs:
                 if guards.cache_entry is not None and guards.check(values):  # torch has not discarded the graph
                     return run(*arguments)
-            result = self._function(*args)
+            # Without calls of torch's profiler in the code around the graph.
+            with torch._dynamo.config.patch(record_runtime_overhead=False):  # noqa: SLF001  # the module of its settings
+                result = self._function(*args)
         except NewGraphError:
             raise
         except Exception as error:  # torch, its compiler and the traced code raise errors of any type
