@@ -25,7 +25,7 @@ from noether import (
 )
 from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.effect import LogUpdates
-from noether.core.errors import CallbackError
+from noether.core.errors import CallbackError, SettingsError
 from noether.core.reducer import remaining_effects
 from noether.core.stretch import Stretch
 from noether.core.tensors.tree import FrozenDict
@@ -197,6 +197,13 @@ def test_an_update_without_samples_is_no_firing_for_an_interval_of_one_sample():
             assert len(effects) == 1
         stretch.run_effects(state)
     assert (held, rows) == ([False, False, True, True, False], [])
+
+
+@pytest.mark.parametrize("hook", ["can_wait", "fire_updates"])
+def test_a_class_that_only_says_how_it_waits_does_nothing(hook):
+    kind = type("Waits", (PeriodicCallback,), {hook: getattr(LrCallback, hook)})
+    with pytest.raises(SettingsError, match="Waits does nothing: define periodic_callback"):
+        kind(every_n_updates=1)
 
 
 class Stops(CountsCalls):

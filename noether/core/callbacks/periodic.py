@@ -46,10 +46,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Mean", "PeriodicCallback", "PeriodicDataIteratorCallback", "Sum"]
 
-_PERIODIC_HOOKS: Final = (
-    *("periodic_callback", "track_after_accumulation_step", "track_after_update_step"),
-    *("track_updates", "can_wait", "fire_updates"),
+_ACTING_HOOKS: Final = (
+    "periodic_callback",
+    "track_after_accumulation_step",
+    "track_after_update_step",
+    "track_updates",
 )
+_PERIODIC_HOOKS: Final = (*_ACTING_HOOKS, "can_wait", "fire_updates")
 
 
 class PeriodicCallback(CallbackBase):
@@ -99,7 +102,7 @@ class PeriodicCallback(CallbackBase):
         return (*super()._hook_names(), *_PERIODIC_HOOKS)
 
     def _check_hooks(self) -> Problem | None:
-        hooks = ("__call__", *HOOKS.values(), *_PERIODIC_HOOKS)
+        hooks = ("__call__", *HOOKS.values(), *_ACTING_HOOKS)
         overrides = any(self.overrides(hook, PeriodicCallback) for hook in hooks)
         return None if overrides else self._no_hook("periodic_callback")
 
@@ -181,8 +184,8 @@ class PeriodicCallback(CallbackBase):
     def fire_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
         """Return the state and effects of firings at several updates in a row, for an interval of one update.
 
-        A subclass may define it under the conditions of `track_updates`; the effects have to be those of a
-        `periodic_callback` at each update, with one `LogUpdates` in place of their `LogScalars`.
+        A subclass may define it under the conditions of `track_updates`, if its `periodic_callback` requests only
+        `LogScalars`; one `LogUpdates` takes the place of those of all updates.
         """
         return state, ()
 
