@@ -126,16 +126,17 @@ class ModelWatch:
         self._model = model
         self._paths = {path for path, _ in named_modules(model)}
         self._before: dict[str, Any] | None = None
-        self._is_done = False
+        self.is_done = False
+        """Whether it looked at the first two updates."""
 
     def describe_changes(self) -> str | None:
         """Return what is wrong after the second update of this process, and what to write instead; else None."""
-        if self._is_done:
+        if self.is_done:
             return None
         before, self._before = self._before, self._state()
         if before is None:
             return None
-        self._is_done = True
+        self.is_done = True
         made = [
             f"{path} ({type(each).__name__})" for path, each in named_modules(self._model) if path not in self._paths
         ]

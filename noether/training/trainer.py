@@ -199,7 +199,7 @@ class Trainer:
 
     def _warn_of_changes(self, epoch: int) -> None:
         """Name what updates changed of the model, and no checkpoint has; rank 0 does it for all."""
-        if not self.ranks.is_first:
+        if not self.ranks.is_first or (self._mode_watch.epoch == epoch and self._model_watch.is_done):
             return
         for changes in (self._model_watch.describe_changes(), self._mode_watch.describe_changes(epoch)):
             if changes is not None:

@@ -116,14 +116,15 @@ class ModeWatch:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._start: tuple[int, dict[str, bool]] | None = None
-        self._epoch: int | None = None
+        self.epoch: int | None = None
+        """The epoch in which it looked last."""
         self._is_done = False
 
     def describe_changes(self, epoch: int) -> str | None:
         """Return, once, which modes changed since the first call, and what to write; it looks once in an epoch."""
-        if self._epoch == epoch or self._is_done:
+        if self.epoch == epoch or self._is_done:
             return None
-        self._epoch = epoch
+        self.epoch = epoch
         modes = {path: module.training for path, module in named_modules(self._model)}
         if self._start is None:
             self._start = epoch, modes
