@@ -16,6 +16,7 @@ _NEEDS: Final[dict[Counter, frozenset[str]]] = {
     "update": frozenset(),
     "sample": frozenset({"updates_per_epoch", "samples_per_epoch", "effective_batch_size"}),
 }
+_KNOWN_END: Final = frozenset({"end", *_NEEDS["sample"]})
 
 
 def known_end(run: Run) -> TrainingIteration | None:
@@ -26,7 +27,7 @@ def known_end(run: Run) -> TrainingIteration | None:
         >>> known_end(Run(end=TrainingIteration(epoch=2))) is None
         True
     """
-    return run.final if vars(run).keys() >= {"end", *_NEEDS["sample"]} else None
+    return run.final if vars(run).keys() >= _KNOWN_END else None
 
 
 def estimate_end(state: TrainState, run: Run) -> int | None:
@@ -38,6 +39,8 @@ def estimate_end(state: TrainState, run: Run) -> int | None:
         >>> estimate_end(state, run), estimate_end(state.next_epoch(), run)
         (None, 3)
     """
+    if (known := known_end(run)) is not None:
+        return max(state.iteration.update, known.update)
     if "end" not in vars(run):
         return None
     ends = ((name, getattr(run.end, name)) for name in COUNTERS)

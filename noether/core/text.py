@@ -14,7 +14,8 @@ _CONTROLS: Final = re.compile(
 
 _THOUSAND: Final = 1000
 _MINUTE_S: Final = 60.0
-_LONGEST_S: Final = timedelta.max.days * 86_400
+_DAY_S: Final = 86_400
+_LONGEST_S: Final = timedelta.max.days * _DAY_S
 
 
 def escape_controls(text: str, keep: str = "") -> str:
@@ -76,6 +77,9 @@ def format_duration(seconds: float) -> str:
         >>> format_duration(3661.5), format_duration(-1.0)
         ('1:01:01', '0:00:00')
     """
+    if 0 <= seconds < _DAY_S:
+        minutes, rest = divmod(int(seconds), 60)
+        return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
     return str(timedelta(seconds=int(min(max(seconds, 0.0), _LONGEST_S))))
 
 

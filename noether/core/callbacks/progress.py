@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.periodic import PeriodicCallback
-from noether.core.effect import LogText, format_count
+from noether.core.effect import LogText
 from noether.core.estimates import estimate_end, known_end
 from noether.core.iteration import COUNTERS
 from noether.core.tensors.tree import FrozenDict
@@ -82,10 +82,10 @@ class ProgressCallback(PeriodicCallback):
         steady_s = memory["steady_s"] + (0.0 if first else memory["since_s"])
         steady_updates = memory["steady_updates"] + (0 if first else memory["since_updates"])
         end = estimate_end(state, event.run)
-        parts = [*_format_share(state, event.run, end), *_format_counters(state, event.run), _format_times(memory)]
+        text = f"{_format_share(state, event.run, end)}{_format_counters(state, event.run)}  {_format_times(memory)}"
         if end is not None:
             left_s = (end - state.iteration.update) * steady_s / steady_updates if steady_updates else None
-            parts.append(_format_end(left_s, event.time_s))
+            text = f"{text}  {_format_end(left_s, event.time_s)}"
         memory = FrozenDict(
             total_s=memory["total_s"],
             since_s=0.0,
@@ -94,22 +94,27 @@ class ProgressCallback(PeriodicCallback):
             steady_updates=steady_updates,
             lines=memory["lines"] + 1,
         )
-        return state.remember(self.name, memory), (LogText("  ".join(parts), is_progress=True),)
+        return state.remember(self.name, memory), (LogText(text, is_progress=True),)
 
 
-def _format_share(state: TrainState, run: Run, end: int | None) -> list[str]:
+def _format_share(state: TrainState, run: Run, end: int | None) -> str:
     """Return the share of the run that is completed; nothing if it is unknown."""
     if end is None:
-        return []
-    share = max(getattr(state.iteration, name) / count for name in COUNTERS if (count := getattr(run.end, name)))
-    if not run.end.update and not run.end.sample:  # within an epoch, only updates and samples advance
-        share = state.iteration.update / end
+        return ""
+    at, last = state.iteration, run.end
+    if not last.update and not last.sample:  # within an epoch, only updates and samples advance
+        share = at.update / end
+    else:
+        share = max(getattr(at, name) / count for name in COUNTERS if (count := getattr(last, name)))
     # A run that ends at a number of samples may exceed it.
-    return [f"{min(share, 1.0):6.1%}".replace("%", " %")]
+    return f"{100 * min(share, 1.0):5.1f} %  "
 
 
-def _format_counters(state: TrainState, run: Run) -> list[str]:
-    return [format_count(name, state.iteration, known_end(run)) for name in COUNTERS]
+def _format_counters(state: TrainState, run: Run) -> str:
+    at, end = state.iteration, known_end(run)
+    if end is None:
+        return f"epoch {at.epoch}  update {at.update}  sample {at.sample}"
+    return f"epoch {at.epoch}/{end.epoch}  update {at.update}/{end.update}  sample {at.sample}/{end.sample}"
 
 
 def _format_times(memory: Mapping[str, float]) -> str:

@@ -46,8 +46,15 @@ def earliest_thresholds(several: Iterable[Thresholds]) -> Thresholds:
         >>> earliest_thresholds([Thresholds(update=12), Thresholds(update=9, sample=80)])
         Thresholds(epoch=None, update=9, sample=80)
     """
-    counts = zip(*((each.epoch, each.update, each.sample) for each in several), strict=True)
-    return Thresholds(*(min((count for count in each if count is not None), default=None) for each in counts))
+    epoch = update = sample = None
+    for each in several:
+        if each.epoch is not None and (epoch is None or each.epoch < epoch):
+            epoch = each.epoch
+        if each.update is not None and (update is None or each.update < update):
+            update = each.update
+        if each.sample is not None and (sample is None or each.sample < sample):
+            sample = each.sample
+    return Thresholds(epoch, update, sample)
 
 
 @dataclass(frozen=True, slots=True)
