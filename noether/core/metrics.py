@@ -79,7 +79,10 @@ def log_updates(state: TrainState, rows: Iterable[UpdateScalars]) -> tuple[Train
     logged = tuple(row for row in rows if row.values)
     if not logged:
         return state, ()
-    measured = {key: Measured(value, row.iteration) for row in logged for key, value in row.values.items()}
+    measured: dict[str, Measured] = {}
+    for row, following in zip(logged, (*logged[1:], None), strict=True):
+        if following is None or following.values is not row.values:  # a later row replaces one of equal values
+            measured |= {key: Measured(value, row.iteration) for key, value in row.values.items()}
     return state.replace(metrics=FrozenDict({**state.metrics, **measured})), (LogUpdates(logged),)
 
 

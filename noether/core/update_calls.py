@@ -49,7 +49,7 @@ class CallsAtUpdates:
         """Return whether the followers can be called later for the update of `state`."""
         if self.followers is None or self._pending.may_be_due(state.previous, state.iteration):
             return False
-        return all(condition(state, event) for condition in self._conditions)
+        return not self._conditions or all(condition(state, event) for condition in self._conditions)
 
     def select(self, state: TrainState) -> tuple[Call, ...]:
         """Return the calls at the update of `state`."""
