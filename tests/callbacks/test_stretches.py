@@ -274,3 +274,15 @@ def test_an_error_names_the_callback_and_keeps_the_updates():
             stretch.tell(state)
         assert "raised by the callback 'mine'" in caught.value.__notes__[0]
         assert [len(effect.rows) for effect in remaining_effects(caught.value)] == [1]  # of the callback before
+
+
+def test_a_class_tracks_updates_in_one_way():
+    class TracksTwice(CountsCalls):
+        def track_updates(self, state, updates):
+            return state, ()
+
+        def track_after_update_step(self, state, event):
+            return state, ()
+
+    with pytest.raises(SettingsError, match="defines track_updates and track_after_update_step: keep one of them"):
+        TracksTwice(every_n_updates=1)

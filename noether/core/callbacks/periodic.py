@@ -97,6 +97,9 @@ class PeriodicCallback(CallbackBase):
             both = " and ".join(f"{name}: {value!r}" for name, value in given.items())
             yield Problem(list(given)[-1], f"{both} are both set; give exactly one of {names}")
         yield from (check_whole(name, value) for name, value in given.items())
+        if {"track_updates", "track_after_update_step"} <= vars(type(self)).keys():
+            label = type(self).__name__
+            yield Problem("", f"{label} defines track_updates and track_after_update_step: keep one of them")
 
     def _hook_names(self) -> tuple[str, ...]:
         return (*super()._hook_names(), *_PERIODIC_HOOKS)
