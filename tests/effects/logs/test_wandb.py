@@ -3,9 +3,12 @@
 import json
 import math
 import struct
+from contextlib import suppress
+from time import sleep
 
 import torch
 import wandb
+from google.protobuf.message import DecodeError
 from service_runs import HISTORY, at, log, log_history, open_with_wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
@@ -20,10 +23,19 @@ from noether import (
 from noether.core.tensors.tree import freeze
 
 
-def offline_records(folder):
-    """Return the records that each process left for `wandb sync`, in order."""
-    paths = sorted((folder / "wandb").rglob("run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    return [list(decode_records(path.read_bytes())) for path in paths]
+def offline_records(folder, processes=1):
+    """Return the records that each process left for `wandb sync`, in order.
+
+    The service of wandb writes them, and on a busy machine it may end a file after `finish` has returned.
+    """
+    for _ in range(600):
+        paths = sorted((folder / "wandb").rglob("run-*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+        with suppress(struct.error, DecodeError):  # of a record that is being written
+            records = [list(decode_records(path.read_bytes())) for path in paths]
+            if len(records) == processes and all(select_records(each, "exit") for each in records):
+                return records
+        sleep(0.1)
+    raise AssertionError(f"wandb has not ended its files: {paths}")
 
 
 def decode_records(content):
@@ -49,9 +61,10 @@ def select_records(content, name):
     return [getattr(each, name) for each in content if each.WhichOneof("record_type") == name]
 
 
-def rows(folder):
+def rows(folder, processes=1):
     """Return the rows of the history, without the columns that wandb adds."""
-    read = [by_name(each.item) for content in offline_records(folder) for each in select_records(content, "history")]
+    contents = offline_records(folder, processes)
+    read = [by_name(each.item) for content in contents for each in select_records(content, "history")]
     return [{key: value for key, value in row.items() if not key.startswith("_")} for row in read]
 
 
@@ -90,10 +103,10 @@ def test_wandb_has_the_right_updates_after_a_resume(folder, logged_out):
     with open_with_wandb(folder) as directory:
         directory.resume()
         log_history(directory, range(2, 5), 2.0)
-    shown = [(row["update"], row.get("loss", row.get("val"))) for row in rows(folder)]
+    shown = [(row["update"], row.get("loss", row.get("val"))) for row in rows(folder, processes=2)]
     before = [(1, 1.0), (2, 1.0), (3, 1.0), (3, 1.0), (4, 1.0), (5, 1.0)]
     assert shown == [*before, (3, 2.0), (3, 2.0), (4, 2.0)]
-    starts = [each for content in offline_records(folder) for each in select_records(content, "run")]
+    starts = [each for content in offline_records(folder, processes=2) for each in select_records(content, "run")]
     assert [(each.run_id, each.resume) for each in starts] == [("digits-1", True)] * 2
 
 
