@@ -52,12 +52,13 @@ class LogScalars(Effect):
 
 
 class UpdateScalars(NamedTuple):
-    """Scalars of one of several updates.
+    """Scalars of one of several updates: a row of `LogUpdates`.
 
     Args:
         iteration: The iteration after the update.
         event: Its event, without outputs and gradients.
-        values: Number or 0-dimensional tensor by metric key; the same object as in the row before if they are equal.
+        values: Number or 0-dimensional tensor by metric key. Logs read and encode an object once, so rows with equal
+            values should have the same one.
     """
 
     iteration: TrainingIteration
@@ -74,6 +75,15 @@ class LogUpdates(Effect):
     Args:
         rows: The scalars of each update, in the order of the updates.
         quiet: Keys that the console leaves out.
+
+    Example:
+        >>> from noether import AfterUpdate, TrainingIteration
+        >>> from noether.core.tensors.tree import FrozenDict
+        >>> values = FrozenDict({"optim/lr": 0.1})
+        >>> at = [TrainingIteration(update=update) for update in (1, 2)]
+        >>> effect = LogUpdates(tuple(UpdateScalars(each, AfterUpdate(samples=4), values) for each in at))
+        >>> [(row.iteration.update, row.values["optim/lr"]) for row in effect.rows]
+        [(1, 0.1), (2, 0.1)]
     """
 
     rows: tuple[UpdateScalars, ...]

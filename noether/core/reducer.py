@@ -139,7 +139,7 @@ class Reducer:
     @property
     def follows_updates(self) -> bool:
         """Whether there may be updates of which the members can hear later: `can_wait`."""
-        return self._calls_at_update.followers is not None
+        return self._calls_at_update.for_updates is not None
 
     def can_wait(self, state: TrainState, event: AfterUpdate) -> bool:
         """Return whether `after_updates` can tell the members of an update later, with those after it.
@@ -167,16 +167,28 @@ class Reducer:
         Raises:
             CallbackError: If a member changes what the next update reads, or requests other effects than `LogUpdates`:
                 both would come too late.
+
+        Example:
+            >>> from noether import OnlineLossCallback, TrainState
+            >>> from noether.core.stretch import CompletedUpdate
+            >>> reducer = compose(OnlineLossCallback(every_n_epochs=1))
+            >>> state, updates = reducer(TrainState(), BeforeTraining())[0], []
+            >>> for loss in (0.5, 1.5):
+            ...     state = state.advance(samples=4)
+            ...     updates.append(CompletedUpdate(state.iteration, AfterUpdate(samples=4, losses={"total": loss})))
+            >>> state, effects = reducer.after_updates(state, updates)
+            >>> state.memory("OnlineLossCallback/E1")["sums"]["total"]
+            tensor(8., dtype=torch.float64)
         """
         requests: list[tuple[Callback, Effects]] = []
         effects: Effects = ()
         event = updates[-1].event
         member: Callback = identity
         try:
-            for member, follow in self._calls_at_update.followers or ():
-                result = follow(state, updates)
+            for member, call in self._calls_at_update.for_updates or ():
+                result = call(state, updates)
                 check_result(member, result)
-                _check_follower(member, state, *result)
+                _check_late_result(member, state, *result)
                 state = result[0]
                 effects += result[1]
                 requests += [(member, result[1])] if result[1] else []
@@ -345,8 +357,8 @@ def _note_place(error: BaseException, member: Callback, effects: Effects, state:
     attach_effects(error, effects + remaining_effects(error))
 
 
-_READ_LATER: Final = frozenset({"callback_states", "metrics"})
-"""Fields of a state that callbacks read, and updates do not."""
+_FIELDS_OF_CALLBACKS: Final = frozenset({"callback_states", "metrics"})
+"""Fields of a state that a callback may change for updates that waited: what it keeps there, no update reads."""
 _LOOP_FIELDS: Final = (
     "iteration", "previous", "epoch_start", "epoch_batches", "seed", "ended", "pending", "lengths",
 )  # fmt: skip
@@ -377,16 +389,16 @@ def _check_change(member: Callback, before: TrainState, result: tuple[TrainState
         )
 
 
-def _check_follower(member: Callback, before: TrainState, after: TrainState, effects: Effects) -> None:
-    """Refuse what depends on when a callback hears of updates that wait."""
+def _check_late_result(member: Callback, before: TrainState, after: TrainState, effects: Effects) -> None:
+    """Refuse what comes too late, because a callback heard of updates that waited."""
     old, new = vars(before), vars(after)
-    changed = [name for name in new if new[name] is not old[name] and name not in _READ_LATER]
+    changed = [name for name in new if new[name] is not old[name] and name not in _FIELDS_OF_CALLBACKS]
     late = [f"changed state.{name}" for name in changed]
     late += [f"requested {effect!r}" for effect in effects if not isinstance(effect, LogUpdates)]
     if late:
         raise CallbackError(
-            f"{label_of(member)} {late[0]} as it heard of several updates at once, which comes too late: let can_wait "
-            "return False for such an update, or define track_after_update_step in place of track_updates"
+            f"{label_of(member)} {late[0]} for updates that waited, which comes too late: let can_wait return False "
+            "for such an update, or define track_after_update_step in place of track_updates"
         )
 
 

@@ -2,10 +2,12 @@
 
 A reducer knows from the schedules of its callbacks whether one of them is due at an update. Of most updates, callbacks
 only keep something, such as a sum of losses, and they can do that later for several at once (`track_updates` of
-`PeriodicCallback`), as long as nothing reads their memory before. So a loop may hold the events of such updates, and
-tell the callbacks before anything else happens: a callback is due, the epoch ends, the run is interrupted.
+`PeriodicCallback`), as long as nothing reads their memory before. So a loop may hold the events of such updates: these
+updates wait. It tells the callbacks of them before anything else happens: a callback is due, the epoch ends, the run is
+interrupted.
 
-A stretch lasts a quarter of a second at most, so a loop with longer updates tells of each by itself.
+A stretch has 100 updates at most and lasts a quarter of a second at most, so a loop with longer updates dispatches the
+event of each.
 """
 
 from __future__ import annotations
@@ -26,16 +28,16 @@ if TYPE_CHECKING:
 
     InterpretStretch = Callable[[Effects, TrainState, Sequence["CompletedUpdate"]], None]
 
-_MAX_S: Final = 0.25
-_MAX_UPDATES: Final = 100
+_MAX_S: Final = 0.25  # logs and displays lag by no more
+_MAX_UPDATES: Final = 100  # bounds the memory that the events take
 
 
 class CompletedUpdate(NamedTuple):
-    """An update of a stretch.
+    """An update of which a callback hears: alone, or with the others of a stretch.
 
     Args:
         iteration: The iteration after it.
-        event: Its event, without outputs and gradients.
+        event: Its event; that of an update that waited has no outputs and gradients.
     """
 
     iteration: TrainingIteration
@@ -46,12 +48,12 @@ class CompletedUpdate(NamedTuple):
 class Stretch:
     """Holds the events of updates at which no callback has to act, and tells the callbacks of them together.
 
-    The result is that of a dispatch at each update: the same states, and the same effects, in the same order. Only an
-    interpreter with an attribute `interpret_stretch` that is not None hears of several updates at once.
+    The state after them, and what is logged of each, are those of a dispatch at each update; `LogUpdates` takes the
+    place of `LogScalars`.
 
     Args:
-        reducer: The callbacks; only a `Reducer` knows when they are due.
-        interpreter: Runs their effects.
+        reducer: The callbacks; no update waits unless this is a `Reducer`, which knows when they are due.
+        interpreter: Runs their effects; no update waits unless `find_interpret_stretch` finds how.
         max_s: Seconds that a stretch lasts at most, by the times of events.
         max_updates: Updates of a stretch at most.
 
@@ -77,9 +79,10 @@ class Stretch:
         max_s: float = _MAX_S,
         max_updates: int = _MAX_UPDATES,
     ) -> None:
-        self._interpret: InterpretStretch | None = getattr(interpreter, "interpret_stretch", None)
-        can_wait = isinstance(reducer, Reducer) and not listens_to(reducer, AfterAccumulationStep)
-        self._reducer = reducer if isinstance(reducer, Reducer) and can_wait and self._interpret else None
+        self._interpret = find_interpret_stretch(interpreter)
+        # A callback at an accumulation step of the next update would see a state that lacks the updates that wait.
+        can_wait = self._interpret is not None and not listens_to(reducer, AfterAccumulationStep)
+        self._reducer = reducer if can_wait and isinstance(reducer, Reducer) else None
         self._max_s, self._max_updates = max_s, max_updates
         self._updates: list[CompletedUpdate] = []
         self._requests: list[tuple[Effects, Sequence[CompletedUpdate]]] = []
@@ -105,6 +108,10 @@ class Stretch:
 
         Args:
             state: The state after the last of these updates, or a later one that no callback has seen.
+
+        Raises:
+            Exception: The error of a callback, or `CallbackError` as in `Reducer.after_updates`; then the updates are
+                still held.
         """
         if self._reducer is None or not self._updates:
             return state
@@ -115,7 +122,14 @@ class Stretch:
         return state
 
     def run_effects(self, state: TrainState) -> None:
-        """Run the effects that callbacks requested in `tell`, on the state that it returned."""
+        """Run the effects that callbacks requested in `tell`.
+
+        Args:
+            state: The state that `tell` returned, or the one that the loop made of it at the end of an epoch.
+
+        Raises:
+            Exception: The error of the interpreter; these effects are not run again.
+        """
         while self._interpret is not None and self._requests:
             effects, updates = self._requests.pop(0)
             self._interpret(effects, state, updates)
@@ -126,3 +140,16 @@ class Stretch:
         # The difference is negative if the clock was set back.
         lasts_s = event.time_s - self._updates[0].event.time_s
         return len(self._updates) >= self._max_updates or not 0 <= lasts_s < self._max_s
+
+
+def find_interpret_stretch(interpreter: Callable[[Effects, TrainState, Event], None]) -> InterpretStretch | None:
+    """Return what runs the effects of several updates for an interpreter: its attribute `interpret_stretch`.
+
+    It is None for an interpreter that takes the effects of single events only, such as a plain function.
+
+    Example:
+        >>> find_interpret_stretch(lambda effects, state, event: None) is None
+        True
+    """
+    found: InterpretStretch | None = getattr(interpreter, "interpret_stretch", None)
+    return found

@@ -1,4 +1,4 @@
-"""What a reducer calls at an update: of most members, nothing while their gate is closed."""
+"""The calls of a reducer at an update, and at several updates at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from noether.core.stretch import CompletedUpdate
 
     Call = tuple[Callback, Callback]  # a member, and the callable to call for it
-    Follower = Callable[[TrainState, Sequence[CompletedUpdate]], tuple[TrainState, Effects]]
+    CallForUpdates = Callable[[TrainState, Sequence[CompletedUpdate]], tuple[TrainState, Effects]]
+    """A method such as `track_updates`, which a reducer may call once for several updates."""
 
 
 @final
@@ -40,14 +41,14 @@ class CallsAtUpdates:
                 pending.append(schedule)
         self._pending = PendingSchedules(pending)
         self._while_closed = self._calls(())  # the calls of most updates, at which no gate opens
-        self.followers = _find_followers(self._while_closed)
+        self.for_updates = _find_calls_for_updates(self._while_closed)
         """What to call once for several updates at which no gate opens; None if a member has to be called at each."""
         conditions = (getattr(member, "_can_wait", None) for member, _ in self._while_closed)
         self._conditions = tuple(condition for condition in conditions if condition is not None)
 
     def can_wait(self, state: TrainState, event: AfterUpdate) -> bool:
-        """Return whether the followers can be called later for the update of `state`."""
-        if self.followers is None or self._pending.may_be_due(state.previous, state.iteration):
+        """Return whether the calls in `for_updates` can come later for the update of `state`."""
+        if self.for_updates is None or self._pending.may_be_due(state.previous, state.iteration):
             return False
         return not self._conditions or all(condition(state, event) for condition in self._conditions)
 
@@ -62,14 +63,14 @@ class CallsAtUpdates:
         return tuple((member, call) for member, call in calls if call is not None)
 
 
-def _find_followers(calls: Sequence[Call]) -> tuple[tuple[Callback, Follower], ...] | None:
-    """Return members with their functions for several updates, at each of which a reducer would make these calls."""
-    found: list[tuple[Callback, Follower]] = []
+def _find_calls_for_updates(calls: Sequence[Call]) -> tuple[tuple[Callback, CallForUpdates], ...] | None:
+    """Return what to call once in place of these calls at each of several updates; None if a member has nothing."""
+    found: list[tuple[Callback, CallForUpdates]] = []
     for member, call in calls:
-        follower = getattr(member, "_fire_updates" if call is member else "_track_updates", None)
-        if follower is None:
+        call_for_updates = getattr(member, "_fire_updates" if call is member else "_track_updates", None)
+        if call_for_updates is None:
             return None
-        found.append((member, follower))
+        found.append((member, call_for_updates))
     return tuple(found)
 
 

@@ -43,7 +43,7 @@ _MORE_EXAMPLES: Final = 50
 _LONGEST: Final = 8
 _VIOLATION: Final = (
     "does something else when a loop tells it of several updates at once; track_updates may read of the state only its "
-    "own memory, and has to take the updates in order: it differs from a run that tells of each update"
+    "own memory and metrics, and has to take the updates in order: it differs from a run that tells of each update"
 )
 
 

@@ -32,7 +32,7 @@ from noether.core.tensors.tree import FrozenDict
 from noether.effects.interpreter import Interpreter
 from noether.testing import LawError, check_stretches
 
-FOLLOWING = {
+CALLBACKS = {
     "lr": LrCallback,
     "progress": ProgressCallback,
     "online loss": lambda **interval: OnlineLossCallback(nan="log", **interval),
@@ -54,14 +54,14 @@ def say_update(state, event):
 @pytest.mark.parametrize("seed", slow_except(range(6), range(40)))
 def test_shipped_callbacks_may_hear_of_updates_later(seed):
     random = Random(seed)  # noqa: S311  # no secret
-    names = random.sample(sorted(FOLLOWING), random.randint(1, len(FOLLOWING)))
-    callbacks = [FOLLOWING[name](**random.choice(INTERVALS), at_end=random.random() < 0.3) for name in names]
+    names = random.sample(sorted(CALLBACKS), random.randint(1, len(CALLBACKS)))
+    callbacks = [CALLBACKS[name](**random.choice(INTERVALS), at_end=random.random() < 0.3) for name in names]
     check_stretches(compose(*callbacks, *([say_update] if random.random() < 0.5 else [])), examples=10)
 
 
-@pytest.mark.parametrize("name", sorted(FOLLOWING))
+@pytest.mark.parametrize("name", sorted(CALLBACKS))
 def test_a_callback_with_an_interval_of_one_update_obeys_the_law(name):
-    check_stretches(FOLLOWING[name](every_n_updates=1), examples=10)
+    check_stretches(CALLBACKS[name](every_n_updates=1), examples=10)
 
 
 class CountsCalls(PeriodicCallback):
@@ -91,10 +91,15 @@ class LogsText(CountsCalls):
         return state, (LogText("tracked"),)
 
 
-@pytest.mark.parametrize("kind", [CountsCalls, ReadsTheState, ReadsOutputs, LogsText])
+@pytest.mark.parametrize("kind", [CountsCalls, ReadsTheState, ReadsOutputs])
 def test_the_law_catches_what_depends_on_the_call(kind):
     with pytest.raises(LawError, match="several updates"):
         check_stretches(kind(every_n_epochs=1), examples=200)
+
+
+def test_the_law_catches_an_effect_that_comes_too_late():
+    with pytest.raises(LawError, match=r"requested LogText\(.*\) for updates that waited"):
+        check_stretches(LogsText(every_n_epochs=1), examples=200)
 
 
 def make_stretch(*callbacks, **limits):

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from noether.core.run import Run
     from noether.core.schedules.base import Schedule
     from noether.core.state import TrainState
-    from noether.core.update_calls import Follower
+    from noether.core.update_calls import CallForUpdates
 
 __all__ = ["Mean", "PeriodicCallback", "PeriodicDataIteratorCallback", "Sum"]
 
@@ -61,7 +61,8 @@ class PeriodicCallback(CallbackBase):
     A subclass defines `periodic_callback`, which is called at the interval. It may define
     `track_after_accumulation_step`, which is called at every accumulation step, and `track_after_update_step`, which is
     called at every update; or `track_updates` in place of the latter, which a loop may call once for several updates.
-    At a standalone evaluation (`AtEval`) it does nothing unless it defines `at_eval`.
+    `can_wait` and `fire_updates` say which updates these are, and what several firings do. At a standalone evaluation
+    (`AtEval`) it does nothing unless it defines `at_eval`.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.
@@ -166,12 +167,26 @@ class PeriodicCallback(CallbackBase):
         """Return the state and effects of one or several updates; in place of `track_after_update_step`.
 
         A subclass may define it if a call for several updates returns what a call for each of them would, in order: if
-        it reads of the state nothing but its own memory, and of the events neither outputs nor gradients. For updates
-        that may wait, it changes nothing of the state but memory, and requests nothing: a reducer refuses that.
+        it reads of the state nothing but its own memory and metrics, and of the events neither outputs nor gradients.
+        For updates that waited, a reducer refuses any other change of the state, and effects other than `LogUpdates`.
+        The updates for which it needs more must not wait: see `can_wait`.
 
         Args:
             state: The state after the last of the updates, or a later one.
             updates: The updates, in order; the callback has not fired between them.
+
+        Example:
+            >>> from noether import AfterUpdate, BeforeTraining, TrainState, compose
+            >>> class LongestUpdateCallback(PeriodicCallback):
+            ...     def init(self, state):
+            ...         return {self.name: 0.0}
+            ...     def track_updates(self, state, updates):
+            ...         longest_s = max(event.duration_s for _, event in updates)
+            ...         return state.remember(self.name, max(self.memory(state), longest_s)), ()
+            >>> reducer = compose(LongestUpdateCallback(every_n_epochs=1, id="longest"))
+            >>> state = reducer(TrainState(), BeforeTraining())[0].advance(samples=4)
+            >>> reducer(state, AfterUpdate(samples=4, duration_s=0.5))[0].memory("longest")
+            0.5
         """
         return state, ()
 
@@ -235,7 +250,7 @@ class PeriodicCallback(CallbackBase):
         )
 
     @property
-    def _track_updates(self) -> Follower | None:
+    def _track_updates(self) -> CallForUpdates | None:
         return self.track_updates if self._tracks_several else None
 
     @property
@@ -243,7 +258,7 @@ class PeriodicCallback(CallbackBase):
         return self.can_wait if self.overrides("can_wait", PeriodicCallback) else None
 
     @property
-    def _fire_updates(self) -> Follower | None:
+    def _fire_updates(self) -> CallForUpdates | None:
         """What a reducer may call in place of firings: not if a subclass changed what a firing does."""
         kind = type(self)
         definer = next(base for base in kind.__mro__ if "fire_updates" in vars(base))
