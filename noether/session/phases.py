@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.effect import SetSummary
 from noether.core.event import AfterUpdate
+from noether.core.stretch import find_interpret_stretch
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.logs.summary_entries import read_summary, set_process_entry
 from noether.effects.run_files import SUMMARY_FILE
@@ -82,7 +83,7 @@ class PhaseTimes:
     @property
     def interpret_stretch(self) -> InterpretStretch | None:
         """Runs the effects of several updates, and counts their time; None if `interpret` takes those of one only."""
-        inner: InterpretStretch | None = getattr(self._interpret, "interpret_stretch", None)
+        inner = find_interpret_stretch(self._interpret)
         if inner is None:
             return None
 

@@ -16,6 +16,7 @@ from noether.core.errors import NoetherError
 from noether.core.event import AfterTraining
 from noether.core.loop import Move, next_move
 from noether.core.progress import show_progress_on
+from noether.core.stretch import find_interpret_stretch
 from noether.core.tensors.donation import donate
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.logs.events import event_line_builder
@@ -210,7 +211,8 @@ def _announce_saves(interpret: Interpret, failures: Failures) -> Interpret:
         else:
             interpret(effects, state, event)
 
-    run_effects.interpret_stretch = getattr(interpret, "interpret_stretch", None)  # type: ignore[attr-defined]  # no saves
+    # As it is: no callback requests a save for several updates.
+    run_effects.interpret_stretch = find_interpret_stretch(interpret)  # type: ignore[attr-defined]  # of a function
     return run_effects
 
 

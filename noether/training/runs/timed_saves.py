@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final, final
 
 from noether.core.effect import SaveCheckpoint
 from noether.core.event import AfterUpdate
+from noether.core.stretch import find_interpret_stretch
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.checkpoints.file_names import requested_files
 from noether.effects.checkpoints.retention import is_resumable
@@ -59,8 +60,7 @@ class TimedSaves:
     @property
     def interpret_stretch(self) -> InterpretStretch | None:
         """Runs the effects of several updates, without a save; None if `interpret` takes those of one only."""
-        stretch: InterpretStretch | None = getattr(self._interpret, "interpret_stretch", None)
-        return stretch
+        return find_interpret_stretch(self._interpret)
 
     def __call__(self, effects: Effects, state: TrainState, event: Event) -> None:
         """Run the effects, with a save if it is time."""
