@@ -109,7 +109,7 @@ class Interpreter:
 
     @property
     def interpret_stretch(self) -> InterpretStretch | None:
-        """Runs the effects of several updates; None if it has no handler of `LogUpdates`: call it at each."""
+        """Runs the effects of several updates; None without a handler of `LogUpdates`: then call it at each update."""
         if LogUpdates not in self._handlers:
             return None
         return lambda effects, state, updates: self(effects, state, updates[-1].event)
@@ -192,7 +192,7 @@ def _is_on_all_ranks(handler: Any) -> bool:
 
 
 def _read_tensors(effect: Effect) -> Effect:
-    """Return scalars as numbers; those on an accelerator are read in one transfer."""
+    """Return an effect with scalars as plain numbers."""
     if isinstance(effect, LogScalars) and not _are_numbers(effect.values):
         (numbers,) = _read_numbers([effect.values])
         return LogScalars(numbers, effect.quiet)
@@ -209,6 +209,7 @@ def _are_numbers(values: Mapping[str, Any]) -> bool:
 
 
 def _read_numbers(mappings: Sequence[Mapping[str, Any]]) -> list[FrozenDict]:
+    """Return values with tensors as numbers; those on an accelerator are read in one transfer."""
     tensors = {id(value): value for values in mappings for value in values.values() if isinstance(value, torch.Tensor)}
     on_device = [key for key, value in tensors.items() if value.is_cuda]
     numbers = {key: value.item() for key, value in tensors.items() if not value.is_cuda}

@@ -18,7 +18,7 @@ from noether.effects.console.console import Console
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import make_directories
 from noether.effects.interpreter import Interpreter
-from noether.effects.logs.buffers import UPDATES_S, FlushInterval
+from noether.effects.logs.buffers import FLUSH_INTERVAL_S, FlushInterval
 from noether.effects.logs.jsonl import UNKNOWN_COUNT, LogCount
 from noether.effects.logs.peak_memory import PeakMemory
 from noether.effects.never_saved import find_progress, mark_new_run, mark_saved_run
@@ -406,7 +406,7 @@ def _event_check(
 
     On rank 0 it also shows the state on the live display, if there is one.
     """
-    interval, running = FlushInterval({AfterUpdate: UPDATES_S, AfterEpoch: UPDATES_S}), saver.running
+    interval, running = FlushInterval({AfterUpdate: FLUSH_INTERVAL_S, AfterEpoch: FLUSH_INTERVAL_S}), saver.running
     observe = console.observe if access.writes and console.has_display else None
 
     def check(state: TrainState, event: Event) -> None:
@@ -414,7 +414,7 @@ def _event_check(
             observe(state, event)
         if access.refusal is not None:
             access.require_open()
-        if running:
+        if running:  # a test of the list costs less than the call, at every event
             saver.check()
         if interval.is_due(event):
             logs.flush_files()

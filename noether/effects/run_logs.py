@@ -165,18 +165,18 @@ class RunLogs:
         files = ArtifactFiles(self._access.path, self._access.check, self._metrics.write, self._disk)
         texts = [("console", console.write_text), *((service.name, service.log_text) for service in services)]
         artifacts = [("artifacts", files.write), *((service.name, service.log_artifact) for service in services)]
-        sent = [guard(service.name, service.log_scalars) for service in services]
+        log_scalars = [guard(service.name, service.log_scalars) for service in services]
         return {
             **artifact_handlers([guard(name, write) for name, write in texts], guard, artifacts),
             LogScalars: [
                 guard(METRICS_FILE, self._metrics.write),
                 guard("console", console.write_scalars),
-                *sent,
+                *log_scalars,
             ],
             LogUpdates: [
                 guard(METRICS_FILE, self._metrics.write_updates),
                 guard("console", console.write_updates),
-                *map(_handle_each, sent),
+                *map(_handle_each, log_scalars),
             ],
             SetSummary: [
                 guard(SUMMARY_FILE, self._summary.set),

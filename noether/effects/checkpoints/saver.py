@@ -90,7 +90,7 @@ class Saver:
         self._is_joint = False  # whether all ranks take part in the saves that are running
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="noether-save") if asynchronous else None
         self.running: list[Future[None]] = []
-        """The background saves that `check` has not seen to end: always the same list."""
+        """Background saves whose end `check` has not seen; the list is changed in place and never replaced."""
         self._running_for: tuple[Event, TrainingIteration] | None = None
         self.waited_s = 0.0
         """Seconds for which training waited for saves."""

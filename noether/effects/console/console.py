@@ -196,7 +196,7 @@ class Console:
         """Write the metrics of several updates as `write_scalars` at each of them: a handler of `LogUpdates`."""
         for row in effect.rows:
             if self._live is None and self._is_early(row.event, _UPDATE_INTERVAL_S):
-                continue  # before anything is made for it
+                continue  # before objects are made for an update without a line
             scalars = LogScalars(row.values, effect.quiet)
             self.write_scalars(scalars, state.replace(iteration=row.iteration), row.event)
 
@@ -282,7 +282,7 @@ class Console:
         if self._console.quiet:  # the proxy of a bar of rich would print the text all the same
             return
         if self._is_plain and self._live is None and not has_other_bar():  # the lines of most jobs
-            write_unbuffered(self._console.file, f"{self._expand(lines)}\n")
+            write_unbuffered(self._console.file, f"{self._expand_tabs(lines)}\n")
             return
         with self._at_line_start():
             output = choose_output(self._console.file)
@@ -293,9 +293,9 @@ class Console:
                 lines = lines.encode(encoding, "backslashreplace").decode(encoding)
                 self._console.print(lines, markup=False, emoji=False)
                 return
-            write_unbuffered(output, f"{self._expand(lines)}\n")
+            write_unbuffered(output, f"{self._expand_tabs(lines)}\n")
 
-    def _expand(self, lines: str) -> str:
+    def _expand_tabs(self, lines: str) -> str:
         """Return lines with tabs as spaces and without control characters, as rich writes them."""
         if lines.isprintable():
             return lines

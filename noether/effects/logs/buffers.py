@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from noether.core.event import Event
 
-UPDATES_S: Final = 1.0
-"""Seconds for which the logs of updates may be buffered."""
-EPOCHS_S: Final = 0.05
-"""Seconds for which the logs of ends of epochs may be buffered: only epochs that are very short have to wait."""
+FLUSH_INTERVAL_S: Final = 1.0
+"""Seconds from one flush of a log to the next, by the times of events."""
+EPOCH_FLUSH_INTERVAL_S: Final = 0.05
+"""The same for lines at the ends of epochs: so short that only those of very short epochs are buffered."""
 
 
 @final
@@ -27,7 +27,7 @@ class FlushInterval:
     Time is the time that events carry. A loop that sets no time flushes at every event.
 
     Args:
-        seconds: Seconds since the last flush for which an event of a type postpones the next one.
+        seconds: By type of event, the seconds that have to pass since the last such flush.
 
     Example:
         >>> from noether import AfterEpoch, AfterUpdate

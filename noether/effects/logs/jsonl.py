@@ -15,7 +15,7 @@ from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import os_error_text, read_file, replace_file
 from noether.effects.disk.json_numbers import to_plain
 from noether.effects.disk.path_checks import RunMovedError, require_in_place
-from noether.effects.logs.buffers import EPOCHS_S, UPDATES_S, FlushInterval, discard_after_fork
+from noether.effects.logs.buffers import EPOCH_FLUSH_INTERVAL_S, FLUSH_INTERVAL_S, FlushInterval, discard_after_fork
 from noether.effects.logs.resumption import ResumePoint, lines_before_resume
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def encode_json(value: Any) -> str:
         >>> encode_json({"loss": 0.5, "grad_norm": float("nan")})
         '{"loss": 0.5, "grad_norm": "NaN"}'
     """
-    if type(value) is float and math.isfinite(value):
+    if type(value) is float and math.isfinite(value):  # such as the time of an event; the encoder takes longer
         return repr(value)
     try:
         return _JSON.encode(value)
@@ -78,11 +78,10 @@ class LinesFile:
     """Appends one line of JSON per logged event, through a buffer.
 
     Lines of updates are buffered. They are written once a second by the time of their events, when a thousand are
-    buffered, and together with the line of any other event; but ends of epochs that follow a flush within 0.05 seconds
-    have to wait, too. A killed process loses the buffered lines, but no line
-    that a checkpoint counts: a save flushes before it reads `counts`. One flush is one call to the operating system,
-    so a crash can only leave a partial line at the end of the file. Lines are on the disk once `fsync` returns; it may
-    run in another thread than `write`.
+    buffered, and together with the line of any other event; the line of an end of epoch is buffered, too, within 0.05
+    seconds of a flush. A killed process loses the buffered lines, but no line that a checkpoint counts: a save flushes
+    before it reads `counts`. One flush is one call to the operating system, so a crash can only leave a partial line at
+    the end of the file. Lines are on the disk once `fsync` returns; it may run in another thread than `write`.
 
     If the file was moved or removed, a flush still writes to the open file, so that no line is lost, and then raises.
 
@@ -111,7 +110,7 @@ class LinesFile:
         self._check_location = check_location
         self._lock = threading.Lock()
         self._buffer: list[Any] = []
-        self._interval = FlushInterval({AfterUpdate: UPDATES_S, AfterEpoch: EPOCHS_S})
+        self._interval = FlushInterval({AfterUpdate: FLUSH_INTERVAL_S, AfterEpoch: EPOCH_FLUSH_INTERVAL_S})
         self._file: int | None = None
         self._size = 0  # bytes of the whole lines
         self._is_torn = False  # whether part of a line may follow them

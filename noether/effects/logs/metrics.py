@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: a line of metrics for each event that logs, whose text is made where the line is written."""
+"""`metrics.jsonl`: a line of metrics for each event that logs, encoded as it is written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from noether.core.iteration import TrainingIteration
     from noether.effects.disk.calls import Disk
 
-    Metrics = tuple[Mapping[str, Any], TrainingIteration, str, float]
+    Line = tuple[Mapping[str, Any], TrainingIteration, str, float]  # metrics, and iteration, name and time of an event
 
 
 def event_name(event: Event) -> str:
@@ -65,9 +65,9 @@ def metrics_file(
 
 @final
 class _Encoder:
-    """Makes the lines of a run and their texts.
+    """Makes the lines of a run, and encodes them.
 
-    Metrics that are the same object as those of the line before are encoded once. That is why `encode` is called by one
+    It encodes metrics once that are the same object as those of the line before. So `encode` must be called by one
     thread at a time, as `LinesFile` does; `to_line` may run beside it.
     """
 
@@ -79,7 +79,7 @@ class _Encoder:
 
     def to_line(
         self, content: LogScalars | UpdateScalars | dict[str, Any], iteration: TrainingIteration, event: Event
-    ) -> Metrics | dict[str, Any]:
+    ) -> Line | dict[str, Any]:
         """Return the metrics and the position of a line, or a line with the entries of artifacts."""
         if isinstance(content, dict):
             return {"run": self._run_id, **position_fields(iteration, event), "metrics": {}, "artifacts": content}
@@ -91,7 +91,7 @@ class _Encoder:
             values = dict(values)
         return values, iteration, event_name(event), event.time_s
 
-    def encode(self, line: Metrics | dict[str, Any]) -> str:
+    def encode(self, line: Line | dict[str, Any]) -> str:
         """Return the JSON of a line."""
         if isinstance(line, dict):
             return encode_json(line)

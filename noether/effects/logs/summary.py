@@ -12,7 +12,7 @@ from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import read_file, replace_text
 from noether.effects.disk.json_numbers import to_plain
 from noether.effects.disk.path_checks import RunMovedError
-from noether.effects.logs.buffers import UPDATES_S, FlushInterval, discard_after_fork
+from noether.effects.logs.buffers import FLUSH_INTERVAL_S, FlushInterval, discard_after_fork
 from noether.effects.logs.jsonl import do_nothing
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Summary:
         self._path = path
         self._disk = disk
         self._check_location = check_location
-        self._interval = FlushInterval({AfterUpdate: UPDATES_S, AfterEpoch: UPDATES_S})
+        self._interval = FlushInterval({AfterUpdate: FLUSH_INTERVAL_S, AfterEpoch: FLUSH_INTERVAL_S})
         self._entries: dict[str, Any] | None = None  # the file's content, read once: the run is locked
         self._buffer: dict[str, Any] = {}
         discard_after_fork(self)
