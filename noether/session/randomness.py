@@ -47,7 +47,9 @@ def derive(seed: int, purpose: str, *counts: int) -> int:
 
 
 def update_seed(seed: int, update: int, rank: int) -> int:
-    """Return `derive(seed, "update", update, rank)`, of which it computes 64 at once: they take less time in a row.
+    """Return `derive(seed, "update", update, rank)`.
+
+    It derives the seeds of a block of updates at once: in a row they take less time.
 
     Example:
         >>> update_seed(3, 100, 0) == derive(3, "update", 100, 0)
@@ -82,7 +84,7 @@ def seed_all(seed: int, generators: Sequence[Any] = ()) -> None:
     try:
         _NUMPY.seed(seed & 0xFFFFFFFF)
     except TypeError:  # a user's `np.random.set_bit_generator`
-        np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  # as above
+        np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002  # numpy's global functions draw from it
     _seed_python(seed)
     _PYTHON.gauss_next = None  # type: ignore[attr-defined]  # typed as private
     for index, generator in enumerate(generators):

@@ -62,7 +62,7 @@ class Trainer:
         step: Makes one update; on several ranks a `ReplicatedStep`.
         data: Returns the batches.
         reducer: The callbacks, composed.
-        interpreter: Runs their effects.
+        interpreter: Runs their effects; those of several updates, too, if it can (see `Stretch`).
         evaluate_first: Whether to dispatch an evaluation before the first update of a new run.
         interrupted: Called between events; once it returns True, the trainer returns the state. Once data that
             callbacks iterate, or the training data, raises `DataInterrupt`, it returns the last settled state.
@@ -199,6 +199,7 @@ class Trainer:
 
     def _warn_of_changes(self, epoch: int) -> None:
         """Name what updates changed of the model, and no checkpoint has; rank 0 does it for all."""
+        # Asked first, because nearly no update is looked at.
         if not self.ranks.is_first or (self._mode_watch.epoch == epoch and self._model_watch.is_done):
             return
         for changes in (self._model_watch.describe_changes(), self._mode_watch.describe_changes(epoch)):
@@ -227,13 +228,13 @@ class Trainer:
         at = AfterUpdate.of(run=self.run, time_s=self.clock.wall_s()) if event is None else event
         settled = _settle(settled, state, event)
         try:
-            told = stretch.tell(state if settled is None else settled)  # if nothing is saved, for the logs
+            after = stretch.tell(state if settled is None else settled)  # for the logs, even if nothing is saved
         except BaseException:  # noqa: BLE001  # the error that is reported, or one that follows from it
             settled = None
         else:
-            settled = None if settled is None else told
-            with suppress(Exception):  # the logs of these updates; the error that is reported came first
-                stretch.run_effects(told)
+            settled = None if settled is None else after
+            with suppress(Exception):  # the error that is reported came first
+                stretch.run_effects(after)
         self.fail(error, settled, state, at)
 
     def _stop_together(self, state: TrainState) -> None:

@@ -199,7 +199,6 @@ def graphs(monkeypatch):
 
 
 def test_graphs_are_found_again_when_what_forward_reads_has_an_earlier_value(graphs, caplog):
-
     def alternate(model):
         model.calls = (model.calls + 1) % 3
 

@@ -14,7 +14,7 @@ _MEAN: Final = "a Mean"
 _SUM: Final = "a Sum or a count"
 _PER_SAMPLE: Final = "one value per sample"
 _CPU: Final = torch.device("cpu")
-_SHORT: Final = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_SHORT_FLOATS: Final = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _EXACT: Final = 2**29
 """The product of a number in single precision and a whole number below this is exact in double precision."""
 
@@ -217,7 +217,7 @@ def _is_exact(term: torch.Tensor, factor: float) -> bool:
     """
     if type(term) is not torch.Tensor or not term.is_cpu:
         return False
-    is_exact = factor == 1 or (factor < _EXACT and not factor % 1 and term.dtype in _SHORT)
+    is_exact = factor == 1 or (factor < _EXACT and not factor % 1 and term.dtype in _SHORT_FLOATS)
     return is_exact and (term.is_floating_point() or term.dtype is torch.int64)
 
 

@@ -81,7 +81,7 @@ class LrCallback(PeriodicCallback):
         return log(state, event, values) if values else (state, ())
 
     def fire_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
-        """Log the values of each update."""
+        """Log the values of each update; rows of equal values have the same object, which logs encode once."""
         rows: list[UpdateScalars] = []
         is_logged, before = "optim/lr" in state.metrics, None
         for iteration, event in updates:
@@ -93,7 +93,7 @@ class LrCallback(PeriodicCallback):
         return log_updates(state, rows)
 
 
-def _values_by_key(event: AfterUpdate, is_logged: bool) -> FrozenDict:  # noqa: FBT001  # a local function
+def _values_by_key(event: AfterUpdate, is_logged: bool) -> FrozenDict:  # noqa: FBT001  # a private function
     """Return the learning rates and weight decays of an update by metric key.
 
     Args:

@@ -107,12 +107,12 @@ class NanGuardCallback(PeriodicCallback):
     def track_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
         """Count updates that are not finite, and act if there are too many."""
         effects: Effects = ()
-        for _, event in updates:  # of several, all are finite
-            state, more = self._look_at(state, event)
+        for _, event in updates:  # updates that waited are finite: there is nothing to do
+            state, more = self._check_update(state, event)
             effects += more
         return state, effects
 
-    def _look_at(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
+    def _check_update(self, state: TrainState, event: AfterUpdate) -> tuple[TrainState, Effects]:
         # An update without samples, or an overflow under a gradient scaler, says nothing about the weights.
         if event.skipped and (not event.samples or _is_overflow(state, event)):
             return state, ()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from noether.core.tensors.losses import Losses, LossResult
 
 
-_NONE: Final[tuple[None, list[Tensor]]] = None, []
+_NOT_COMPARED: Final[tuple[None, list[Tensor]]] = None, []
 
 
 def forward(
@@ -69,7 +69,7 @@ class Forward:
         self._model_params: Mapping[str, Tensor] | None = None  # set by `evaluating`
         self._buffers = BufferPlaces(model)  # renewed by `evaluating`
         self._gathered: tuple[Any, Mapping[str, Tensor]] | None = None  # params of a state, and the whole ones
-        self._compared: tuple[Any, list[Tensor]] = _NONE  # params of a state that the model has, and views of them
+        self._compared: tuple[Any, list[Tensor]] = _NOT_COMPARED  # params that the model was found to have, and views
         self._is_fully_sharded = False  # set by `evaluating`
         self._has_extra_state = False  # set by `evaluating`
         self._mode = False  # set by `evaluating`; a model may define `train`, and stay in training mode
@@ -118,11 +118,11 @@ class Forward:
             self._has_extra_state = any(has_extra_state(module) for _, module in modules)
             try:
                 if state is not None and not self._is_fully_sharded:
-                    self._has_params_of(state, self._model_params)
+                    self._has_params_of(state, self._model_params)  # reads and gathers them
                 yield
             finally:
                 self._model_params = self._gathered = None
-                self._compared = _NONE
+                self._compared = _NOT_COMPARED
 
     def _autocasts(self, params: Mapping[str, Tensor]) -> bool:
         if self._precision is not None:
@@ -161,8 +161,9 @@ class Forward:
             return True
         params = self._whole_params(state)
         is_same = _are_same(model_params, params)
+        # Only plain ones: `are_same_memory` compares the local parts of others.
         is_plain = {nn.Parameter}.issuperset(map(type, model_params.values()))
-        self._compared = (source, [params[name] for name in model_params]) if is_same and is_plain else _NONE
+        self._compared = (source, [params[name] for name in model_params]) if is_same and is_plain else _NOT_COMPARED
         return is_same
 
     def _whole_params(self, state: TrainState) -> Mapping[str, Tensor]:

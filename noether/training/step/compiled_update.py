@@ -75,7 +75,7 @@ class CompiledUpdate:
         self._lr = [torch.tensor(torch.nan) for _ in self._groups]
         self._rates: list[float] = []
         self._graphs: dict[tuple[Any, ...], CompiledGraph] = {}  # by the form of the params and memory
-        self._written: list[Tensor] = []
+        self._last: list[Tensor] = []  # params and memory of the last call
 
     def __call__(
         self,
@@ -114,11 +114,11 @@ class CompiledUpdate:
             arguments = (param_tensors, memory_tensors, buffer_tensors, calls, samples, self._lr)
             return UpdateResult(*graph(*arguments, begin=begin))
 
-    def _graph_for(self, written: list[Tensor]) -> CompiledGraph:
+    def _graph_for(self, tensors: list[Tensor]) -> CompiledGraph:
         """Return the graph for params and memory of this form."""
-        if list(map(id, written)) != list(map(id, self._written)):
-            self._written = written
-            form = tuple(map(_describe_form, written))
+        if list(map(id, tensors)) != list(map(id, self._last)):
+            self._last = tensors
+            form = tuple(map(_describe_form, tensors))
             if form not in self._graphs:
                 self._graphs[form] = CompiledGraph(self._update, watched=_WATCHED, refuse=self._refuse)
             self._graph = self._graphs[form]
