@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     InterpretStretch = Callable[[Effects, TrainState, Sequence["CompletedUpdate"]], None]
 
-_MAX_S: Final = 0.25  # logs and displays lag by no more
+_MAX_S: Final = 0.25  # keeps logs and displays current
 _MAX_UPDATES: Final = 100  # bounds the memory that the events take
 
 
