@@ -178,9 +178,10 @@ def test_check_independent_catches(name):
 
 def test_callbacks_that_write_one_thing_alike_are_independent():
     for effect in (SetSummary({"best": 1}), SaveCheckpoint(tag="a", pointers=("best",)), SaveCheckpoint(tag="b")):
-        check_independent(requests(lambda state, effect=effect: effect), requests(lambda state, effect=effect: effect))
+        same = [requests(lambda state, effect=effect: effect) for _ in range(2)]
+        check_independent(*same, examples=25)
     saves = [SaveCheckpoint(tag="a", pointers=(pointer,), retention={pointer: 1}) for pointer in ("one", "other")]
-    check_independent(*(requests(lambda state, save=save: save) for save in saves))
+    check_independent(*(requests(lambda state, save=save: save) for save in saves), examples=25)
 
 
 def test_copies_of_a_callback_share_no_memory():
