@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
+from noether.core.callbacks.data_iterator import PeriodicDataIteratorCallback
 from noether.core.shares import share_of
 from noether.core.text import count_of, format_bytes
 

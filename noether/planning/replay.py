@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from noether.core.callback import OptionalKey, declaration_of, label_of, tracker_of
-from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
+from noether.core.callbacks.data_iterator import PeriodicDataIteratorCallback
 from noether.core.declarations import DeclarationError
 from noether.core.effect import LogScalars
 from noether.core.errors import NoetherError, OutputError

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from noether.core.callback import label_of
-from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
+from noether.core.callbacks.data_iterator import PeriodicDataIteratorCallback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from noether.core.callbacks.data_iterator import PeriodicDataIteratorCallback
 from noether.core.callbacks.evaluation import OfflineLossCallback
-from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.errors import SettingsError
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.iteration import TrainingIteration

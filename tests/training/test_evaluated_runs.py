@@ -13,7 +13,7 @@ from tiny_runs import CALLBACKS, MODULE, contents, make_config
 from noether.cli.commands.evaluate import evaluate
 from noether.config import ConfigError
 from noether.core.callbacks import EvaluateCallback, MetricCallback, OfflineLossCallback
-from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
+from noether.core.callbacks.data_iterator import PeriodicDataIteratorCallback
 from noether.effects import CheckpointError, open_run
 from noether.training.runs import services
 from noether.training.runs.directories import load_checkpoint
@@ -24,7 +24,7 @@ MORE = """
 from dataclasses import dataclass
 from pathlib import Path
 from noether import Effect, LogText, SaveCheckpoint, SaveTensors, SetSummary, ShowProgress, log
-from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
+from noether.core.callbacks.data_iterator import PeriodicDataIteratorCallback
 from noether.core.effect import MeasurePeakMemory
 
 class Half(Data):

@@ -10,10 +10,10 @@ import torch
 
 from noether.core.callables import without_partial
 from noether.core.callback import OptionalKey
+from noether.core.callbacks.data_iterator import PeriodicDataIteratorCallback
 from noether.core.callbacks.metric_functions import METRICS, MetricFunction, NamedMetric, mean_of_output
 from noether.core.callbacks.metric_objects import MetricObject, metric_objects, numbers_of
 from noether.core.callbacks.metric_states import MetricStates, is_metric_class
-from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.errors import OutputError, Problem, suggest
 from noether.core.metric_keys import patterns_containing
 from noether.core.metrics import is_current, log

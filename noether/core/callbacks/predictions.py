@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, final
 
 from noether.core.artifacts import Artifact, LogFigure
-from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
+from noether.core.callbacks.data_iterator import PeriodicDataIteratorCallback
 from noether.core.effect import LogText
 from noether.core.errors import OutputError
 from noether.core.tensors.calls import call_with_outputs

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from noether.config.errors import ConfigError, LocatedProblem, Place
 from noether.core.callback import leaves_of
+from noether.core.callbacks.data_iterator import PeriodicDataIteratorCallback
 from noether.core.callbacks.evaluation import EvaluateCallback
-from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
 from noether.core.errors import suggest
 from noether.core.reducer import compose
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callback import leaves_of
-from noether.core.callbacks.periodic import PeriodicDataIteratorCallback
+from noether.core.callbacks.data_iterator import PeriodicDataIteratorCallback
 from noether.core.callbacks.summaries import dataset_lengths, param_counts
 from noether.core.effect import SaveCheckpoint, SetSummary
 from noether.core.errors import NoetherError
