@@ -173,7 +173,9 @@ class PeriodicCallback(CallbackBase):
         return state, ()
 
     def can_wait(self, state: TrainState, event: AfterUpdate) -> bool:
-        """Return whether `track_updates` may be called later for an update; a subclass may refuse some of them.
+        """Return whether `track_updates` or `fire_updates` may be called later for an update; by default always.
+
+        It has no effect on a callback that defines neither.
 
         Args:
             state: The state after the update, in which its memory lacks the updates that wait.
@@ -184,8 +186,13 @@ class PeriodicCallback(CallbackBase):
     def fire_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
         """Return the state and effects of firings at several updates in a row, for an interval of one update.
 
-        A subclass may define it under the conditions of `track_updates`, if its `periodic_callback` requests only
-        `LogScalars`; one `LogUpdates` takes the place of those of all updates.
+        A subclass may define it beside `periodic_callback`, under the conditions of `track_updates`, if a firing
+        requests only `LogScalars`; one `LogUpdates` takes the place of those of all updates (see `log_updates`). A
+        reducer does not call it for a callback that also tracks updates, or that fires less often.
+
+        Args:
+            state: The state after the last of the updates, or a later one.
+            updates: The updates, in order.
         """
         return state, ()
 
