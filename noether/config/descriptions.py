@@ -18,7 +18,7 @@ from noether.config.objects.import_policy import import_allowed
 from noether.config.objects.kinds import CALLBACK, OPTIMIZER, resolve
 from noether.config.structure.signatures import parameters
 from noether.core.callback import declaration_of
-from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.callbacks.registry import ALIASES, EXPORTS, SHIPPED
 
 if TYPE_CHECKING:

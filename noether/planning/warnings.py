@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from noether.core.callback import declaration_of
 from noether.core.callbacks.early_stopping import FixedUpdateEarlyStopping
-from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.schedules.forecast import Occasions, firings
 from noether.core.schedules.schedule import INTERVALS
 from noether.core.text import count_of

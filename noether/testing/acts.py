@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callback import declaration_of, label_of
 from noether.core.callbacks.base import HOOKS
-from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate
 from noether.core.iteration import COUNTERS
 from noether.core.reducer import Reducer, compose, identity

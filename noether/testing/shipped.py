@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.artifacts import LogTable
 from noether.core.callbacks.ema import EMACallback
-from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.callbacks.registry import SHIPPED
 from noether.core.combinators import callback, on
 from noether.core.event import AfterUpdate

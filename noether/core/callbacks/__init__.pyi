@@ -5,7 +5,7 @@ from noether.core.callbacks.shipped import *
 
 # bases
 from noether.core.callbacks.base import CallbackBase as CallbackBase
-from noether.core.callbacks.periodic import PeriodicCallback as PeriodicCallback
+from noether.core.callbacks.interval import PeriodicCallback as PeriodicCallback
 from noether.core.callbacks.data_iterator import PeriodicDataIteratorCallback as PeriodicDataIteratorCallback
 from noether.core.tensors.means import Mean as Mean
 from noether.core.tensors.means import Sum as Sum

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, final
 
-from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.effect import LogText, SaveCheckpoint
 from noether.core.errors import Problem, check_whole
 from noether.core.file_names import escape_name

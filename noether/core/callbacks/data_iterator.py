@@ -6,8 +6,8 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from noether.core.callbacks.dataset_results import DatasetResults
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.callbacks.metric_states import add_to
-from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.callbacks.rank_results import results_over_ranks
 from noether.core.effect import LogText
 from noether.core.errors import Problem, check_whole, raise_problems, suggest

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final, final
 
 import torch
 
-from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.effect import SaveCheckpoint
 from noether.core.errors import Problem, WeightsError, check_whole, raise_problems
 from noether.core.tensors import torch_internals

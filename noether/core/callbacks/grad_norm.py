@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
-from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.metrics import log
 from noether.core.tensors.dtensors import whole_tensor
 from noether.core.tensors.tree import FrozenDict

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Final, Literal, final
 
 from noether.core.artifacts import LogHistogram
-from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.effect import LogText
 from noether.core.errors import Problem, check_choice, check_whole, raise_problems, suggest
 from noether.core.event import AfterUpdate

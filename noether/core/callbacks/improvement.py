@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal
 
 from noether.core.callback import OptionalKey, SkippableKey
-from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.effect import LogText
 from noether.core.errors import Problem, check_choice, is_number
 from noether.core.metric_keys import Mode, direction_of, mode_problem

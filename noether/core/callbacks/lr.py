@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, final
 
-from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.effect import UpdateScalars
 from noether.core.event import AfterUpdate
 from noether.core.iteration import TrainingIteration

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any, Literal, final
 
 from noether.core.callbacks.improvement import NONFINITE, is_nonfinite
-from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.effect import Effect, LogText, SetSummary
 from noether.core.errors import check_choice, check_whole
 from noether.core.metrics import log

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 
-from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.errors import check_choice
 from noether.core.metrics import log
 from noether.core.tensors.losses import sum_as_total

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, final
 
-from noether.core.callbacks.periodic import PeriodicCallback
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.effect import LogText
 from noether.core.estimates import estimate_end, known_end
 from noether.core.iteration import COUNTERS

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 import torch
 
 from noether.core.callbacks.dataset_results import BatchResult
+from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.callbacks.metric_functions import mean_of_output, to_tensor
-from noether.core.callbacks.periodic import PeriodicCallback
 from noether.core.callbacks.rank_results import pack_batches, unpack_batches
 from noether.core.effect import Effect, SaveTensors
 from noether.core.errors import OutputError, Problem, check_choice, suggest
