@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FLUSH_INTERVAL_S: Final = 1.0
 """Seconds from one flush of a log to the next, by the times of events."""
 EPOCH_FLUSH_INTERVAL_S: Final = 0.05
-"""The same for lines at the ends of epochs, so that those of very short epochs are written together."""
+"""The same for lines at the ends of epochs: so short that only those of very short epochs are buffered."""
 
 
 @final

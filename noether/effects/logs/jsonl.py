@@ -78,8 +78,8 @@ class LinesFile:
     """Appends one line of JSON per logged event, through a buffer.
 
     Lines of updates are buffered. They are written once a second by the time of their events, when a thousand are
-    buffered, and together with the line of any other event; the line of an end of epoch is buffered, too, within 0.05
-    seconds of a flush. A killed process loses the buffered lines, but no line that a checkpoint counts: a save flushes
+    buffered, and together with the line of any other event; the line of an epoch that takes less than 0.05 seconds is
+    buffered, too. A killed process loses the buffered lines, but no line that a checkpoint counts: a save flushes
     before it reads `counts`. One flush is one call to the operating system, so a crash can only leave a partial line at
     the end of the file. Lines are on the disk once `fsync` returns; it may run in another thread than `write`.
 
@@ -110,7 +110,8 @@ class LinesFile:
         self._check_location = check_location
         self._lock = threading.Lock()
         self._buffer: list[Any] = []
-        self._interval = FlushInterval({AfterUpdate: FLUSH_INTERVAL_S, AfterEpoch: EPOCH_FLUSH_INTERVAL_S})
+        self._updates = FlushInterval({AfterUpdate: FLUSH_INTERVAL_S})
+        self._epochs = FlushInterval({AfterEpoch: EPOCH_FLUSH_INTERVAL_S})  # an epoch ends right after an update
         self._file: int | None = None
         self._size = 0  # bytes of the whole lines
         self._is_torn = False  # whether part of a line may follow them
@@ -140,7 +141,7 @@ class LinesFile:
                 self._add_counts(lost=1)
             raise
         self._buffer.append(line)
-        if self._interval.is_due(event) or len(self._buffer) >= _BUFFER_LINES:
+        if self._is_due(event) or len(self._buffer) >= _BUFFER_LINES:
             self.flush()
 
     def write_updates(self, effect: LogUpdates, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
@@ -157,7 +158,7 @@ class LinesFile:
                 self._buffer.append(self._to_line(row, row.iteration, row.event))
             except Exception as error:  # noqa: BLE001  # one bad row must not affect the others
                 errors.append(error)
-            is_due = self._interval.is_due(row.event) or is_due
+            is_due = self._is_due(row.event) or is_due
         if errors:
             with self._lock:
                 self._add_counts(lost=len(errors))
@@ -165,6 +166,9 @@ class LinesFile:
             self.flush()
         if errors:
             raise errors[0]
+
+    def _is_due(self, event: Event) -> bool:
+        return self._updates.is_due(event) and self._epochs.is_due(event)
 
     def discard_buffer(self) -> None:
         """Discard the buffered lines."""

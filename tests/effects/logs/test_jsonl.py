@@ -149,6 +149,19 @@ def test_any_other_event_flushes_the_buffer(path):
         path.unlink()
 
 
+def epoch_at(seconds):
+    return AfterEpoch(time_s=BEGIN_S + seconds)
+
+
+def test_lines_of_very_short_epochs_are_flushed_together(path):
+    assert line_counts(path, *map(epoch_at, (0, 0.02, 0.04, 0.06, 5.0))) == [1, 1, 1, 4, 5]
+
+
+def test_the_line_of_an_epoch_is_flushed_although_its_last_update_was_just_before(path):
+    events = update_at(0), update_at(10), epoch_at(10.001), update_at(20), update_at(30), epoch_at(30.001)
+    assert line_counts(path, *events) == [1, 2, 3, 4, 5, 6]
+
+
 def test_the_buffer_holds_at_most_a_thousand_lines(path):
     numbers = line_counts(path, *(update_at(number / 1e6) for number in range(2002)))
     assert {after for before, after in pairwise(numbers) if before != after} == {1001, 2001}
