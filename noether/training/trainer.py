@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final, final
@@ -229,12 +228,15 @@ class Trainer:
         settled = _settle(settled, state, event)
         try:
             after = stretch.tell(state if settled is None else settled)  # for the logs, even if nothing is saved
-        except BaseException:  # noqa: BLE001  # the error that is reported, or one that follows from it
+        except BaseException as missed:  # noqa: BLE001  # the error that is reported, or one that follows from it
+            error.add_note(f"the state is not saved, as callbacks could not hear of its last updates: {missed!r}")
             settled = None
         else:
             settled = None if settled is None else after
-            with suppress(Exception):  # the error that is reported came first
+            try:
                 stretch.run_effects(after)
+            except Exception as failed:  # noqa: BLE001  # the error that is reported came first
+                error.add_note(f"the last updates before it are not logged: {failed!r}")
         self.fail(error, settled, state, at)
 
     def _stop_together(self, state: TrainState) -> None:

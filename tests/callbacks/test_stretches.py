@@ -291,3 +291,17 @@ def test_a_class_tracks_updates_in_one_way():
 
     with pytest.raises(SettingsError, match="defines track_updates and track_after_update_step: keep one of them"):
         TracksTwice(every_n_updates=1)
+
+
+def test_a_subclass_tracks_updates_as_its_base_does():
+    class Tracks(CountsCalls):
+        def track_after_update_step(self, state, event):
+            return state, ()
+
+    class TracksSeveral(Tracks):
+        def track_updates(self, state, updates):
+            return state, ()
+
+    with pytest.raises(SettingsError, match="track_after_update_step, the latter in Tracks: keep one of them"):
+        TracksSeveral(every_n_updates=1)
+    Tracks(every_n_updates=1)  # which may call `track_updates` of its base

@@ -209,9 +209,10 @@ def test_an_error_of_a_callback_about_several_updates_loses_the_run_up_to_the_la
             return state, ()
 
     failed = []
-    with pytest.raises(ValueError, match="no such loss"):
+    with pytest.raises(ValueError, match="no such loss") as caught:
         train(start(), [Fails(every_n_epochs=1)], Log(takes_stretches=True), fail=lambda *args: failed.append(args[1]))
     assert failed == [None]
+    assert any("the state is not saved" in note for note in caught.value.__notes__)
 
 
 def fail_to_log(log):

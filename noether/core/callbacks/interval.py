@@ -80,9 +80,16 @@ class PeriodicCallback(CallbackBase):
             both = " and ".join(f"{name}: {value!r}" for name, value in given.items())
             yield Problem(list(given)[-1], f"{both} are both set; give exactly one of {names}")
         yield from (check_whole(name, value) for name, value in given.items())
-        if {"track_updates", "track_after_update_step"} <= vars(type(self)).keys():
-            label = type(self).__name__
-            yield Problem("", f"{label} defines track_updates and track_after_update_step: keep one of them")
+        several, single = map(self._definer_of, ("track_updates", "track_after_update_step"))
+        if issubclass(several, single) and single is not PeriodicCallback:
+            label, both = several.__name__, "track_updates and track_after_update_step"
+            where = "" if several is single else f", the latter in {single.__name__}"
+            yield Problem("", f"{label} defines {both}{where}: keep one of them")
+
+    @classmethod
+    def _definer_of(cls, hook: str) -> type:
+        """Return the class that defines `hook` for this class."""
+        return next(base for base in cls.__mro__ if hook in vars(base))
 
     def _hook_names(self) -> tuple[str, ...]:
         return (*super()._hook_names(), *_PERIODIC_HOOKS)
@@ -250,7 +257,7 @@ class PeriodicCallback(CallbackBase):
     def _fire_updates(self) -> CallForUpdates | None:
         """What a reducer may call in place of firings: not if a subclass changed what a firing does."""
         kind = type(self)
-        definer = next(base for base in kind.__mro__ if "fire_updates" in vars(base))
+        definer = self._definer_of("fire_updates")
         is_changed = any(
             getattr(kind, hook) is not getattr(definer, hook)
             for hook in ("periodic_callback", "after_update", "__call__")

@@ -122,9 +122,11 @@ class ModeWatch:
 
     def describe_changes(self, epoch: int) -> str | None:
         """Return, once, which modes changed since the first call, and what to write; it looks once in an epoch."""
-        if self.epoch == epoch or self._is_done:
+        if self.epoch == epoch:
             return None
         self.epoch = epoch
+        if self._is_done:
+            return None
         modes = {path: module.training for path, module in named_modules(self._model)}
         if self._start is None:
             self._start = epoch, modes
