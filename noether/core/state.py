@@ -206,12 +206,15 @@ class TrainState:
             samples: Samples of the update.
             epoch_batches: Completed batches of the epoch after the update, if the loop counts them.
         """
-        return self.replace(
+        state = object.__new__(type(self))  # every update calls this, and `replace` checks what is right here
+        vars(state).update(
+            vars(self),
             iteration=self.iteration.advance(samples=samples),
             previous=self.iteration,
             epoch_batches=epoch_batches,
             ended=False,
         )
+        return state
 
     def next_epoch(self) -> Self:
         """Return the state after the end of its epoch; `previous` is kept for `AfterEpoch`."""

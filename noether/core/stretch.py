@@ -64,7 +64,7 @@ class Stretch:
         >>> reducer = compose(OnlineLossCallback(every_n_updates=3))
         >>> state = reducer(TrainState(), BeforeTraining())[0].advance(samples=4)
         >>> stretch = Stretch(reducer, Interpreter({LogUpdates: []}))
-        >>> stretch.holds(state, AfterUpdate(samples=4, losses={"total": 0.5}))
+        >>> stretch.hold(state, AfterUpdate(samples=4, losses={"total": 0.5}))
         True
         >>> state = stretch.tell(state)
         >>> state.memory("OnlineLossCallback/U3")["sums"]["total"]
@@ -87,7 +87,7 @@ class Stretch:
         self._updates: list[CompletedUpdate] = []
         self._requests: list[tuple[Effects, Sequence[CompletedUpdate]]] = []
 
-    def holds(self, state: TrainState, event: AfterUpdate) -> bool:
+    def hold(self, state: TrainState, event: AfterUpdate) -> bool:
         """Hold the event of an update if no callback has to act at it; return whether it is held.
 
         Args:

@@ -116,7 +116,7 @@ class _StretchedRun:
 
     def _waits(self, state: TrainState, event: Event) -> bool:
         if isinstance(event, AfterUpdate):
-            return self._stretch.holds(state, event)
+            return self._stretch.hold(state, event)
         return isinstance(event, AfterAccumulationStep) and not listens_to(self._reducer, type(event))
 
     def __call__(self, effects: Effects, state: TrainState, event: Event) -> None:

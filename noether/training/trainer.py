@@ -107,7 +107,7 @@ class Trainer:
                 while (move := next_move(state, self.run)) is not Move.NOTHING and not self._is_interrupted():
                     if move is Move.UPDATE:
                         state, event, since_s = self._update(state, since_s)
-                        if stretch.holds(state, event):
+                        if stretch.hold(state, event):
                             settled, event = state, None
                             continue
                         state = stretch.tell(state)

@@ -125,7 +125,7 @@ def update(number, *, time_s=0.0, **fields):
     ],
 )
 def test_a_callback_that_has_to_see_each_update_lets_none_wait(callback):
-    assert not make_stretch(callback).holds(*update(1))
+    assert not make_stretch(callback).hold(*update(1))
 
 
 class OtherFirings(LrCallback):
@@ -196,7 +196,7 @@ def test_an_update_without_samples_is_no_firing_for_an_interval_of_one_sample():
     held = []
     for samples in (2, 2, 0, 0, 2):
         state, event = state.advance(samples=samples), AfterUpdate(samples=samples, lr={"default": 0.1})
-        held.append(stretch.holds(state, event))
+        held.append(stretch.hold(state, event))
         if not held[-1]:
             state, effects = reducer(stretch.tell(state), event)
             assert len(effects) == 1
@@ -227,7 +227,7 @@ class Scales(CountsCalls):
 )
 def test_what_comes_too_late_for_updates_that_wait_is_refused(kind, late):
     stretch, (state, event) = make_stretch(kind(every_n_epochs=1)), update(1)
-    assert stretch.holds(state, event)
+    assert stretch.hold(state, event)
     with pytest.raises(CallbackError, match=rf"{kind.__name__}/E1 {late}.*let can_wait return False"):
         stretch.tell(state)
     assert compose(kind(every_n_epochs=1))(state, event)  # alone, an update may be answered
@@ -238,7 +238,7 @@ def test_an_update_at_which_a_gate_opens_does_not_wait():
     stretch, held = Stretch(reducer, Interpreter({LogUpdates: []})), []
     for number in range(1, 8):
         state, event = update(number)
-        held.append(stretch.holds(state, event))
+        held.append(stretch.hold(state, event))
         if not held[-1]:
             reducer(stretch.tell(state), event)
     assert held == [True, True, False, True, True, False, True]
@@ -247,23 +247,23 @@ def test_an_update_at_which_a_gate_opens_does_not_wait():
 @pytest.mark.parametrize("clock", [[0.0, 0.1, 0.2, 0.3], [5.0, 5.2, 4.0, 4.1]], ids=["slow", "set back"])
 def test_a_stretch_ends_after_a_quarter_of_a_second(clock):
     stretch = make_stretch(OnlineLossCallback(every_n_epochs=1))
-    held = [stretch.holds(*update(number + 1, time_s=time_s)) for number, time_s in enumerate(clock)]
+    held = [stretch.hold(*update(number + 1, time_s=time_s)) for number, time_s in enumerate(clock)]
     assert held == ([True, True, True, False] if clock[0] == 0 else [True, True, False, False])
 
 
 def test_an_update_that_takes_long_does_not_wait():
-    assert not make_stretch(OnlineLossCallback(every_n_epochs=1)).holds(*update(1, duration_s=0.3))
+    assert not make_stretch(OnlineLossCallback(every_n_epochs=1)).hold(*update(1, duration_s=0.3))
 
 
 def test_an_update_that_waits_keeps_no_outputs():
     state, event = update(1, outputs=torch.ones(3), losses=FrozenDict(total=torch.ones(())))
-    assert make_stretch(OnlineLossCallback(every_n_epochs=1)).holds(state, event)
+    assert make_stretch(OnlineLossCallback(every_n_epochs=1)).hold(state, event)
     assert (event.outputs, sorted(event.losses)) == (None, ["total"])
 
 
 @pytest.mark.parametrize("interpreter", [lambda effects, state, event: None, Interpreter({})])
 def test_an_interpreter_that_takes_single_updates_hears_of_each(interpreter):
-    assert not Stretch(compose(say_update), interpreter).holds(*update(1))
+    assert not Stretch(compose(say_update), interpreter).hold(*update(1))
 
 
 def test_an_error_names_the_callback_and_keeps_the_updates():
@@ -273,7 +273,7 @@ def test_an_error_names_the_callback_and_keeps_the_updates():
 
     lr = LrCallback(every_n_updates=1)
     stretch, (state, event) = make_stretch(lr, Fails(every_n_epochs=1, id="mine")), update(2, lr={"default": 0.1})
-    assert stretch.holds(state, event)
+    assert stretch.hold(state, event)
     for _ in range(2):  # the updates are not forgotten
         with pytest.raises(ValueError, match="no such loss") as caught:
             stretch.tell(state)
