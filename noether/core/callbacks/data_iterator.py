@@ -50,7 +50,7 @@ class PeriodicDataIteratorCallback(PeriodicCallback):
 
     Example:
         >>> import torch
-        >>> from noether import Run, TrainState, log
+        >>> from noether import AfterEpoch, Mean, Run, TrainState, log
         >>> class Average(PeriodicDataIteratorCallback):
         ...     def process_data(self, state, batch, forward):
         ...         return {"mean": Mean(batch.mean())}
