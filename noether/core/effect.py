@@ -89,6 +89,10 @@ class LogUpdates(Effect):
     rows: tuple[UpdateScalars, ...]
     quiet: frozenset[str] = field(default=frozenset(), repr=False)
 
+    def scalars_of(self, row: UpdateScalars) -> LogScalars:
+        """Return the effect that logs one of the rows at its update."""
+        return LogScalars(row.values, self.quiet.intersection(row.values))
+
 
 @dataclass(frozen=True, repr=False)
 class LogText(Effect):

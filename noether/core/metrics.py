@@ -50,7 +50,7 @@ def log(
     """
     if not isinstance(values, (dict, Mapping)):  # testing for a dict is faster
         raise TypeError(f"log takes values by metric key, such as {{'loss/mine': 0.5}}; got {values!r}")
-    numbers = read_numbers(values)
+    numbers = to_numbers(values)
     effects = (LogScalars(numbers, frozenset(numbers) if quiet else _NONE),)
     if isinstance(event, BeforeTraining) and event.resumed:
         return state, effects
@@ -63,7 +63,7 @@ def log_updates(state: TrainState, rows: Iterable[UpdateScalars]) -> tuple[Train
 
     Args:
         state: The state after the last of the updates, or a later one.
-        rows: The scalars of each update, in order, as `read_numbers` returns them; updates without any are left out.
+        rows: The scalars of each update, in order, as `to_numbers` returns them; updates without any are left out.
 
     Returns:
         The new state, with one effect that logs all rows.
@@ -86,7 +86,7 @@ def log_updates(state: TrainState, rows: Iterable[UpdateScalars]) -> tuple[Train
     return state.replace(metrics=FrozenDict({**state.metrics, **measured})), (LogUpdates(logged),)
 
 
-def read_numbers(values: Mapping[str, torch.Tensor | SupportsFloat]) -> FrozenDict:
+def to_numbers(values: Mapping[str, torch.Tensor | SupportsFloat]) -> FrozenDict:
     """Return metrics in types that can be saved: numbers, and tensors without a graph.
 
     Raises:
@@ -94,7 +94,7 @@ def read_numbers(values: Mapping[str, torch.Tensor | SupportsFloat]) -> FrozenDi
         TypeError: As for `log`.
 
     Example:
-        >>> read_numbers({"loss": torch.tensor(0.5, requires_grad=True)})
+        >>> to_numbers({"loss": torch.tensor(0.5, requires_grad=True)})
         FrozenDict({'loss': tensor(0.5000)})
     """
     if _NUMBERS.issuperset(map(type, values.values())):

@@ -137,8 +137,8 @@ class Reducer:
         return state, state.copy_aliases(effects) if effects and self._outermost else effects
 
     @property
-    def follows_updates(self) -> bool:
-        """Whether there may be updates of which the members can hear later: `can_wait`."""
+    def lets_updates_wait(self) -> bool:
+        """Whether there may be updates for which `can_wait` returns True."""
         return self._calls_at_update.for_updates is not None
 
     def can_wait(self, state: TrainState, event: AfterUpdate) -> bool:
@@ -358,7 +358,7 @@ def _note_place(error: BaseException, member: Callback, effects: Effects, state:
 
 
 _FIELDS_OF_CALLBACKS: Final = frozenset({"callback_states", "metrics"})
-"""Fields of a state that a callback may change for updates that waited: what it keeps there, no update reads."""
+"""Fields of a state that a callback may change for updates that waited: no update reads what a callback keeps there."""
 _LOOP_FIELDS: Final = (
     "iteration", "previous", "epoch_start", "epoch_batches", "seed", "ended", "pending", "lengths",
 )  # fmt: skip

@@ -285,11 +285,7 @@ def _handle_each(handle: Handler) -> Handler:
 
     def handle_updates(effect: LogUpdates, state: TrainState, _event: Event) -> None:
         for row in effect.rows:
-            handle(
-                LogScalars(row.values, effect.quiet & row.values.keys()),
-                state.replace(iteration=row.iteration),
-                row.event,
-            )
+            handle(effect.scalars_of(row), state.replace(iteration=row.iteration), row.event)
 
     return handle_updates
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, final
 from hypothesis import strategies as st
 
 from noether.core.callback import label_of, listens_to
-from noether.core.effect import LogScalars, LogUpdates
+from noether.core.effect import LogUpdates
 from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.reducer import compose
 from noether.core.stretch import Stretch
@@ -79,7 +79,7 @@ def check_stretches(
         reducer = compose(copy_callback(complete))
         found = _StretchedRun(reducer, longest)
         run_loop(trace, found.dispatch)
-        if reducer.follows_updates:
+        if reducer.lets_updates_wait:
             waited.append(found.has_waited)
         compare_runs(callback, _VIOLATION, found.compared_to(expected), expected, trace)
 
@@ -128,8 +128,7 @@ class _StretchedRun:
         for effect in effects:
             assert isinstance(effect, LogUpdates)  # noqa: S101  # for mypy: a reducer refuses others
             for row in effect.rows:
-                scalars = LogScalars(row.values, effect.quiet)
-                self._logged[row.iteration] = (*self._logged.get(row.iteration, ()), scalars)
+                self._logged[row.iteration] = (*self._logged.get(row.iteration, ()), effect.scalars_of(row))
 
     def compared_to(self, expected: DrivenRun) -> DrivenRun:
         """Return the run with the expected states at updates of which the callbacks heard later."""

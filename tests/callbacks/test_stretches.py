@@ -305,3 +305,15 @@ def test_a_subclass_tracks_updates_as_its_base_does():
     with pytest.raises(SettingsError, match="track_after_update_step, the latter in Tracks: keep one of them"):
         TracksSeveral(every_n_updates=1)
     Tracks(every_n_updates=1)  # which may call `track_updates` of its base
+
+
+def test_a_class_that_tracks_each_update_cannot_say_which_may_wait():
+    class Waits(PeriodicCallback):
+        def track_after_update_step(self, state, event):
+            return state, ()
+
+        def can_wait(self, state, event):
+            return False
+
+    with pytest.raises(SettingsError, match="Waits defines can_wait, asked only before track_updates"):
+        Waits(every_n_updates=1)

@@ -80,11 +80,22 @@ class PeriodicCallback(CallbackBase):
             both = " and ".join(f"{name}: {value!r}" for name, value in given.items())
             yield Problem(list(given)[-1], f"{both} are both set; give exactly one of {names}")
         yield from (check_whole(name, value) for name, value in given.items())
+        yield from self._unused_hooks()
+
+    def _unused_hooks(self) -> Iterator[Problem]:
+        """Yield the problem of each hook of the class that another one keeps from being called."""
         several, single = map(self._definer_of, ("track_updates", "track_after_update_step"))
         if issubclass(several, single) and single is not PeriodicCallback:
             label, both = several.__name__, "track_updates and track_after_update_step"
             where = "" if several is single else f", the latter in {single.__name__}"
             yield Problem("", f"{label} defines {both}{where}: keep one of them")
+        elif "can_wait" in vars(type(self)) and not self._tracks_several and not self._fires_several:
+            label = type(self).__name__
+            yield Problem("", f"{label} defines can_wait, asked only before track_updates: define that, too")
+
+    @property
+    def _fires_several(self) -> bool:
+        return self._definer_of("fire_updates") is not PeriodicCallback
 
     @classmethod
     def _definer_of(cls, hook: str) -> type:

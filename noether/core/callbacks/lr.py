@@ -9,7 +9,7 @@ from noether.core.callbacks.interval import PeriodicCallback
 from noether.core.effect import UpdateScalars
 from noether.core.event import AfterUpdate
 from noether.core.iteration import TrainingIteration
-from noether.core.metrics import log, log_updates, read_numbers
+from noether.core.metrics import log, log_updates, to_numbers
 from noether.core.schedules.schedule import At
 from noether.core.tensors.tree import FrozenDict
 
@@ -86,7 +86,7 @@ class LrCallback(PeriodicCallback):
         is_logged, before = "optim/lr" in state.metrics, None
         for iteration, event in updates:
             if before is None or event.lr != before.lr or event.weight_decay != before.weight_decay:
-                values = read_numbers(_values_by_key(event, is_logged))
+                values = to_numbers(_values_by_key(event, is_logged))
                 is_logged = is_logged or "optim/lr" in values
             rows.append(UpdateScalars(iteration, event, values))
             before = event

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from rich.console import Console as RichConsole
 from rich.text import Text
 
-from noether.core.effect import LogScalars
 from noether.core.estimates import known_end
 from noether.core.event import AfterTraining, AfterUpdate, AtEval
 from noether.core.text import escape_controls
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from noether.core.callback import Callback
-    from noether.core.effect import LogText, LogUpdates, ShowProgress
+    from noether.core.effect import LogScalars, LogText, LogUpdates, ShowProgress
     from noether.core.event import Event
     from noether.core.run import Run
     from noether.core.state import TrainState
@@ -197,8 +196,7 @@ class Console:
         for row in effect.rows:
             if self._live is None and self._is_early(row.event, _UPDATE_INTERVAL_S):
                 continue  # before objects are made for an update without a line
-            scalars = LogScalars(row.values, effect.quiet)
-            self.write_scalars(scalars, state.replace(iteration=row.iteration), row.event)
+            self.write_scalars(effect.scalars_of(row), state.replace(iteration=row.iteration), row.event)
 
     def _is_early(self, event: Event, interval_s: float) -> bool:
         """Return whether the line of an update would follow the one before within an interval."""
