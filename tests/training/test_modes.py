@@ -1,5 +1,6 @@
 """Each module keeps the mode that the user gave it: in training, around evaluations, and after a resume."""
 
+import copy
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -47,7 +48,62 @@ class Setting(nn.Sequential):
         return super().forward(x)
 
 
+class Hiding(nn.Sequential):
+    """Hides a part from `train`."""
+
+    def children(self):
+        return list(super().children())[1:]
+
+
+class HidingNames(nn.Sequential):
+    """Hides a part from `train` and from `children`."""
+
+    def named_children(self):
+        return list(super().named_children())[1:]
+
+
+class Waking(nn.Sequential):
+    """Keeps its first part in training mode by `eval`."""
+
+    def eval(self):
+        super().eval()
+        self[0].train()
+        return self
+
+
+class Following(nn.Sequential):
+    """Sets a probability of dropout as its mode changes."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "training" and len(self) > 1:
+            self[1].p = 0.25 if value else 0.75
+
+
+class Storing(nn.Sequential):
+    """Keeps its mode elsewhere."""
+
+    training = property(lambda self: vars(self)["mode"], lambda self, value: vars(self).update(mode=value))
+
+
+class Patched(nn.Sequential):
+    """Has another `train` on the object, as a patched model."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.train = self.train_head
+
+    def train_head(self, mode=True):  # noqa: FBT002  # as in torch
+        nn.Sequential.train(self, mode)
+        self[-1].training = True
+        return self
+
+    def __deepcopy__(self, memo):
+        return type(self)(*(copy.deepcopy(part, memo) for part in self))
+
+
 KINDS = [nn.Sequential, Overriding, Setting, Stubborn]
+OTHER_KINDS = [Hiding, HidingNames, Waking, Following, Storing, Patched]
 
 
 def make_model(kinds):
@@ -78,6 +134,25 @@ def test_evaluations_restore_the_mode_of_each_module(kinds, data):
         assert modes_of(model) == before
     with pytest.raises(RuntimeError), evaluation_mode(model):
         model(torch.ones(4, 3))
+    assert modes_of(model) == before
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *OTHER_KINDS])
+@settings(max_examples=25)
+@given(others=st.sampled_from([[], [nn.Sequential], KINDS]), data=st.data())
+def test_the_modes_of_an_evaluation_are_those_that_eval_sets(kind, others, data):
+    model = make_model([kind, *others])
+    model = Waking(*model) if kind is Waking else model  # torch calls `eval` of the whole model alone
+    for module in model.modules():
+        module.training = data.draw(st.booleans())
+    reference, before = copy.deepcopy(model), modes_of(model)
+    reference.eval()
+    with evaluation_mode(model) as modules:
+        assert modes_of(model) == modes_of(reference)
+        assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == [
+            module.p for module in reference.modules() if isinstance(module, nn.Dropout)
+        ]
+        assert [module for _, module in modules] == list(model.modules())
     assert modes_of(model) == before
 
 

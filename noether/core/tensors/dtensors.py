@@ -119,10 +119,12 @@ def are_same_memory(a: Tensor, b: Tensor) -> bool:
         >>> are_same_memory(tensor, tensor.detach()), are_same_memory(tensor, tensor[:1])
         (True, False)
     """
-    if is_distributed(a) is not is_distributed(b):
-        return False
+    if type(a) not in _PLAIN or type(b) not in _PLAIN:  # nearly all are plain
+        if is_distributed(a) is not is_distributed(b):
+            return False
+        a, b = local_part(a), local_part(b)
     try:
-        return local_part(a).is_set_to(local_part(b))
+        return a.is_set_to(b)
     except NotImplementedError:  # torch cannot compare sparse and meta tensors
         return False
 

@@ -108,9 +108,8 @@ class Forward:
         self._is_fully_sharded = any(is_fully_sharded(module) for _, module in modules)
         if self._is_fully_sharded:
             reshard(self._model)
-        with evaluation_mode(self._model, modules):
+        with evaluation_mode(self._model, modules) as modules:
             self._mode = self._model.training
-            modules = named_modules(self._model)  # again, as a model may define `eval`, and change its modules there
             self._buffers = BufferPlaces(self._model, modules)
             # Empty under autocast, which caches the cast of a parameter and does not see later writes to it.
             params = named_parameters(self._model, modules)
@@ -145,13 +144,16 @@ class Forward:
 
     def _call_model(self, model_params: Mapping[str, Tensor], state: TrainState, batch: Any) -> Any:
         buffers = self._buffers.collect(state)
-        with self._buffers.exchange(buffers):  # by copies: a module may write to its buffers even in evaluation mode
+        before = self._buffers.replace(buffers)  # a module may write to its buffers even in evaluation mode
+        try:
             if self._is_fully_sharded:
                 return self._call_fully_sharded(state, batch)
             if self._has_params_of(state, model_params):
                 return call_model(self._model, batch)
             self._check_held_tensors(state, buffers)
             return call_model(self._model, batch, rename_for_model(self._model, self._whole_params(state)))
+        finally:
+            self._buffers.restore(before)
 
     def _has_params_of(self, state: TrainState, model_params: Mapping[str, Tensor]) -> bool:
         """Return whether the model has the params of a state, which are read once for an evaluation."""

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final, final
+
+from torch import nn
 
 from noether.core.tensors.module import named_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from torch import nn
-
     from noether.core.tensors.module import Modules
 
 _SHOWN: Final = 5
+_MODE_METHODS: Final = ("train", "eval", "children", "named_children", "__setattr__")
+"""What `eval()` calls; a class that defines one of them decides about its modes by itself."""
+_read_mode_methods: Final = attrgetter(*_MODE_METHODS)
+_METHODS_OF_TORCH: Final = _read_mode_methods(nn.Module)
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module, modules: Modules | None = None) -> Iterator[None]:
+def evaluation_mode(model: nn.Module, modules: Modules | None = None) -> Iterator[Modules]:
     """Return a context in which a model is in evaluation mode; afterwards each module has the mode that it had before.
 
     `model.train()` could not restore the modes: it would train the parts that the user put into evaluation mode.
@@ -26,6 +31,9 @@ def evaluation_mode(model: nn.Module, modules: Modules | None = None) -> Iterato
     Args:
         model: The model.
         modules: What `named_modules` returns of it, where that is known.
+
+    Yields:
+        What `named_modules` returns of the model in evaluation mode, as a class may change its modules in `train`.
 
     Example:
         >>> from torch import nn
@@ -36,14 +44,35 @@ def evaluation_mode(model: nn.Module, modules: Modules | None = None) -> Iterato
         >>> [module.training for module in model]
         [False, True]
     """
-    modes = [(module, module.training) for _, module in modules or named_modules(model)]
+    modules = modules or named_modules(model)
+    modes = [(module, module.training) for _, module in modules]
+    if all(_has_plain_mode(module) for module, _ in modes):
+        # What `eval()` does to such modules, without `__setattr__`, which takes as long as a small operation.
+        try:
+            for module, _ in modes:
+                vars(module)["training"] = False
+            yield modules
+        finally:
+            for module, mode in modes:
+                vars(module)["training"] = mode
+        return
     try:
         model.eval()
-        yield
+        yield named_modules(model)
     finally:
         for module, mode in modes:
             if module.training is not mode:
                 module.training = mode
+
+
+def _has_plain_mode(module: nn.Module) -> bool:
+    """Return whether a module keeps its mode as torch's own do: as an attribute that `train` sets on all modules."""
+    kind = type(module)
+    return (
+        _read_mode_methods(kind) == _METHODS_OF_TORCH
+        and not hasattr(kind, "training")
+        and vars(module).keys().isdisjoint(_MODE_METHODS)
+    )
 
 
 def start_training_mode(model: nn.Module) -> None:

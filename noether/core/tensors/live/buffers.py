@@ -15,12 +15,15 @@ from noether.core.tensors.torch_internals import buffers_in, non_persistent_in
 from noether.core.tensors.tree import FrozenDict
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
     from noether.core.state import TrainState
     from noether.core.tensors.module import Modules
+
+    HeldBuffers = Sequence[Mapping[str, Tensor | None]]
+    """The buffers of each module of a model by key; empty if no module has any."""
 
 _NONE: Final = "none"
 _MISSING: Final = "missing"
@@ -266,18 +269,29 @@ class BufferPlaces:
     @contextmanager
     def exchange(self, buffers: Mapping[str, Tensor]) -> Iterator[None]:
         """Return a context in which the model has copies of other buffers."""
-        before = [dict(place.items()) for place in self._dicts] if any(self._dicts) else []
-        self.place(buffers)
+        before = self.replace(buffers)
         try:
             yield
         finally:
-            if not before and any(self._dicts):  # forward registered the first ones
-                before = [{}] * len(self._dicts)
-            for place, held in zip(self._dicts, before, strict=False):
-                for key in [key for key in place.keys() if key not in held]:  # noqa: SIM118  # TorchScript has no other
-                    del place[key]
-                for key, buffer in held.items():
-                    place[key] = buffer
+            self.restore(before)
+
+    def replace(self, buffers: Mapping[str, Tensor]) -> HeldBuffers:
+        """Put copies of buffers into the model, and return what `restore` puts back: `exchange` in two calls."""
+        before = [dict(place.items()) for place in self._dicts] if any(self._dicts) else []
+        self.place(buffers)
+        return before
+
+    def restore(self, before: HeldBuffers) -> None:
+        """Put back the buffers that the model had before `replace`, and remove those that it registered since."""
+        if not before:
+            if not any(self._dicts):
+                return
+            before = [{}] * len(self._dicts)  # forward registered the first ones
+        for place, held in zip(self._dicts, before, strict=True):
+            for key in [key for key in place.keys() if key not in held]:  # noqa: SIM118  # TorchScript has no other
+                del place[key]
+            for key, buffer in held.items():
+                place[key] = buffer
 
     def _read_places(self) -> None:
         first: dict[int, str] = {}
