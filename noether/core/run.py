@@ -164,4 +164,4 @@ class Run(RunLengths):
             yield from data.with_sizes()
             return
         for batch in data:
-            yield batch, self.count_samples(batch)
+            yield batch, count_samples(batch, self.batch_size)

@@ -15,6 +15,8 @@ _SUM: Final = "a Sum or a count"
 _PER_SAMPLE: Final = "one value per sample"
 _CPU: Final = torch.device("cpu")
 _SHORT_FLOATS: Final = frozenset({torch.float32, torch.float16, torch.bfloat16})
+_NUMBERS: Final = frozenset({int, float, type(None)})
+"""Types of a sum that is a number of Python, or that nothing was added to."""
 _EXACT: Final = 2**29
 """The product of a number in single precision and a whole number below this is exact in double precision."""
 
@@ -152,33 +154,33 @@ def read_results(source: str, results: Any, samples: int) -> dict[str, BatchResu
 
 def _read_result(source: str, name: str, value: Any, samples: int) -> BatchResult:
     if isinstance(value, Mean):
-        weight = samples if value.weight is None else read_weight(name, value.weight)
-        return BatchResult(_MEAN, *_term_and_factor(f"{source}: {name!r}", value, samples, weight), weight)
+        return _read_mean(source, name, value, samples)
     if isinstance(value, torch.Tensor) and value.ndim:
         return BatchResult(_PER_SAMPLE, value)
     return BatchResult(_SUM, _read_sum(f"{source} returned {name!r}", value))
 
 
-def _term_and_factor(source: str, mean: Mean, samples: int, weight: float) -> tuple[torch.Tensor, float]:
-    """Return a tensor and a factor whose product is the sum that a mean is taken over."""
+def _read_mean(source: str, name: str, mean: Mean, samples: int) -> BatchResult:
+    """Return what a mean contributes: a tensor and a factor whose product is a sum, and the weight of that sum."""
+    weight = samples if mean.weight is None else read_weight(name, mean.weight)
     of_batch: Any = mean.of_batch
     of_batch = torch.as_tensor(of_batch) if isinstance(of_batch, (int, float)) else of_batch
     if not isinstance(of_batch, torch.Tensor) or of_batch.is_complex():
         found = "None" if of_batch is None else f"a {getattr(of_batch, 'dtype', type(of_batch).__name__)}"
         raise TypeError(
-            f"{source} is a Mean of {found}: return one number for the batch, or one value for each sample; for a "
-            "batch that does not count, noether.Mean(0.0, weight=0)"
+            f"{source}: {name!r} is a Mean of {found}: return one number for the batch, or one value for each sample; "
+            "for a batch that does not count, noether.Mean(0.0, weight=0)"
         )
     if not of_batch.ndim:
-        return of_batch if of_batch.is_floating_point() else of_batch.double(), weight
+        return BatchResult(_MEAN, of_batch if of_batch.is_floating_point() else of_batch.double(), weight, weight)
     if of_batch.shape != (samples,) or mean.weight is not None:
         given = f"for {samples} samples" if mean.weight is None else "and a weight"
         right = (
             "return one value for each sample, (batch,), or their mean, (); if only n samples count, "
             "noether.Mean(mean, weight=n)"
         )
-        raise ValueError(f"{source} has shape {tuple(of_batch.shape)} {given}; {right}")
-    return of_batch.sum(dtype=torch.float64), 1
+        raise ValueError(f"{source}: {name!r} has shape {tuple(of_batch.shape)} {given}; {right}")
+    return BatchResult(_MEAN, of_batch.sum(dtype=torch.float64), 1, weight)
 
 
 def _read_sum(source: str, value: Any) -> torch.Tensor:
@@ -201,7 +203,7 @@ def _read_sum(source: str, value: Any) -> torch.Tensor:
 def _add(sums: dict[str, torch.Tensor | float], name: str, term: torch.Tensor, factor: float = 1) -> None:
     """Add `term * factor` to a sum, which is in double precision if it is floating point."""
     before = sums.get(name)
-    if not isinstance(before, torch.Tensor) and _is_exact(term, factor):
+    if type(before) in _NUMBERS and _is_exact(term, factor):
         product = term.item() * factor
         sums[name] = product if before is None else before + product
     elif before is None:
@@ -222,6 +224,6 @@ def _is_exact(term: torch.Tensor, factor: float) -> bool:
 
 
 def _to_tensor(total: torch.Tensor | float) -> torch.Tensor:
-    if isinstance(total, torch.Tensor):
-        return total
-    return torch.full((), total, dtype=torch.int64 if type(total) is int else torch.float64, device=_CPU)
+    if isinstance(total, (int, float)):  # asking whether a number is a tensor takes longer
+        return torch.full((), total, dtype=torch.int64 if type(total) is int else torch.float64, device=_CPU)
+    return total

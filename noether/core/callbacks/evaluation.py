@@ -56,9 +56,11 @@ class _Evaluation(PeriodicDataIteratorCallback):
         losses, outputs = _call_forward(forward, state, batch)
         results: dict[str, Any] = {}
         if self._losses:
+            weights = loss_weights(losses)
             for name, loss in losses.items():
-                results[f"loss/{name}"] = loss
-                if loss.weight is not None:
+                mean = loss if isinstance(loss, Mean) else Mean(loss, weights.get(name))
+                results[f"loss/{name}"] = mean
+                if mean.weight is not None:
                     results["weighted"] = 1
         for name, metric in self._metrics.items():
             if isinstance(metric, MetricObject):
@@ -316,22 +318,20 @@ def _metric_problem(setting: str, metric: Any) -> Problem | None:
     return None if found is None else Problem(setting, found)
 
 
-def _call_forward(forward: Callable[..., Any], state: TrainState, batch: Any) -> tuple[dict[str, Mean], Any]:
-    """Return the losses of a batch as means by name, and the outputs of the model."""
+def _call_forward(forward: Callable[..., Any], state: TrainState, batch: Any) -> tuple[Mapping[str, Any], Any]:
+    """Return the losses of a batch by name, and the outputs of the model."""
     result = forward(state, batch)
     fix = "return (losses, outputs), where losses is {name: loss}"
     if not isinstance(result, (tuple, list)) or len(result) != 2:  # noqa: PLR2004  # losses and outputs
         raise TypeError(f"{name_of(forward)}, the forward of the run, returned a {type(result).__name__}: {fix}")
     losses, outputs = result
-    if isinstance(losses, (torch.Tensor, Mean)):
-        losses = {"loss": losses}
     if not isinstance(losses, (dict, Mapping)):  # testing for a dict is faster
-        raise TypeError(
-            f"{name_of(forward)}, the forward of the run, returned losses as a {type(losses).__name__}: {fix}"
-        )
-    weights = loss_weights(losses)
-    means = {name: loss if isinstance(loss, Mean) else Mean(loss, weights.get(name)) for name, loss in losses.items()}
-    return means, outputs
+        if not isinstance(losses, (torch.Tensor, Mean)):
+            raise TypeError(
+                f"{name_of(forward)}, the forward of the run, returned losses as a {type(losses).__name__}: {fix}"
+            )
+        losses = {"loss": losses}
+    return losses, outputs
 
 
 def _select(results: Mapping[str, Any], kind: str) -> dict[str, Any]:

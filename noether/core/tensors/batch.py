@@ -341,10 +341,10 @@ def target_of(batch: Any) -> torch.Tensor:
         tensor([0, 1])
     """
     found: Any = None
-    if isinstance(batch, Mapping):
+    if isinstance(batch, (tuple, list)):
+        found = batch[1] if len(batch) > 1 else None
+    elif isinstance(batch, Mapping):
         found = next((batch[name] for name in TARGETS if name in batch), None)
-    elif isinstance(batch, (tuple, list)) and len(batch) > 1:
-        found = batch[1]
     if found is None:
         names = ", ".join(TARGETS)
         raise ValueError(f"the batch has no target: make it (inputs, target), or a dict with one of {names}")
