@@ -324,8 +324,10 @@ class CompiledGraph:
         arguments = (self._method.__self__, *args)
         values = dict(zip(self._names, arguments, strict=True))
         try:
-            for guards, run in self._graphs:
+            for index, (guards, run) in enumerate(self._graphs):
                 if guards.cache_entry is not None and guards.check(values):  # torch has not discarded the graph
+                    if index:  # the next call probably runs it, too
+                        self._graphs.insert(0, self._graphs.pop(index))
                     return run(*arguments)
             # Without calls of torch's profiler in the code around the graph.
             with torch._dynamo.config.patch(record_runtime_overhead=False):  # noqa: SLF001  # the module of its settings
@@ -351,7 +353,10 @@ class CompiledGraph:
         reason = self._refuse(_read_trace(graph))
         if reason is not None:
             raise RefusedGraphError(_REFUSED + reason)
-        run = torch._dynamo.backends.registry.lookup_backend(self._backend)(graph, inputs)  # noqa: SLF001  # the compilers by name
+        compiler = torch._dynamo.backends.registry.lookup_backend(self._backend)  # noqa: SLF001  # the compilers by name
+        # The guards hold, and only a compiler that is wrong would fail its checks of sizes, one for each tensor.
+        with torch._inductor.config.patch(size_asserts=False, alignment_asserts=False):  # noqa: SLF001  # the module of its settings
+            run = compiler(graph, inputs)
         # Torch wraps what this returns, so that nothing compiles the code that calls a graph; once is enough.
         run = getattr(run, "_torchdynamo_orig_callable", run)
         is_new = True
