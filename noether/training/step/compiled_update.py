@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from noether.core.state import TrainState
-    from noether.training.step.step import Settings, Step
+    from noether.training.step.step import Step
+    from noether.training.step.update_settings import UpdateSettings
 
 _WATCHED: Final = ("self._step.model", "self._step.loss", "buffer_tensors", "calls", "samples")
 """What torch checks before it calls a graph; `CompiledUpdate` compares the form of all other tensors."""
@@ -84,7 +85,7 @@ class CompiledUpdate:
         buffers: Mapping[str, Tensor],
         batches: Sequence[Any],
         samples: tuple[int, ...],
-        settings: Settings,
+        settings: UpdateSettings,
         begin: Callable[[], object],
     ) -> UpdateResult:
         """Write one update to `params` and `opt_state`.
@@ -95,7 +96,7 @@ class CompiledUpdate:
             buffers: The model's buffers by name.
             batches: The micro-batches.
             samples: Samples of each.
-            settings: Settings of the optimizer for this update, by group.
+            settings: Settings of the optimizer for this update.
             begin: Is called right before the first write.
 
         Raises:
@@ -109,7 +110,7 @@ class CompiledUpdate:
         memory_tensors = [memory[name][key] for name, key in self._places]
         graph = self._graph_for(param_tensors + memory_tensors)
         with torch.no_grad():
-            self._set_rates([settings[group]["lr"] for group in self._groups])
+            self._set_rates([settings.lr[group] for group in self._groups])
             buffer_tensors = [buffers[name] for name in self._buffers]
             arguments = (param_tensors, memory_tensors, buffer_tensors, calls, samples, self._lr)
             return UpdateResult(*graph(*arguments, begin=begin))

@@ -39,8 +39,10 @@ from noether.training.step.gradients import (
 from noether.training.step.model_tensors import ModelTensors
 from noether.training.step.parallel_modules import refuse_parallel_modules
 from noether.training.step.part_times import PartTimes
+from noether.training.step.plain_update import PlainUpdate
 from noether.training.step.sharded import apply_to_shards
 from noether.training.step.update_event import make_event
+from noether.training.step.update_settings import SettingsSchedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -54,11 +56,11 @@ if TYPE_CHECKING:
     from noether.training.step.accumulation import Grads, Groups
     from noether.training.step.loss_scaling import LossScaling
     from noether.training.step.optimizer import FunctionalOptimizer
+    from noether.training.step.update_settings import UpdateSettings
     from noether.training.value_schedules import ValueSchedule
 
     Observer = Callable[[TrainState, AfterAccumulationStep], TrainState]
     Objectives = Callable[[Losses], Sequence[Tensor]]
-    Settings = Mapping[str, Mapping[str, float]]
 
 Nonfinite = Literal["apply", "skip", "raise"]
 
@@ -169,8 +171,12 @@ class Step:
         if not batches:
             return state, make_event(FrozenDict(), (), (), self.settings_for(state), skipped=True)
         self.prepare(state)
+        if len(batches) == 1 and observe is None and self._plain_update is not None and not state.extra_state:
+            tensors = ModelTensors.of(state, self.model)
+            if tensors is not None:
+                return self._plain_update(tensors, state, batches[0], samples)
         times = None if self.elapsed_s is None else PartTimes(self.elapsed_s)
-        if len(batches) == 1 and observe is None:  # the common case, which needs no means
+        if len(batches) == 1 and observe is None:  # needs no means
             result = self._run_backward(
                 state, self.buffers.collect(state), batches[0], self._scale(state, _total), times
             )
@@ -239,6 +245,10 @@ class Step:
             set_extra_state(self.model, state.extra_state)
         if self._held_tensors:
             check_buffers(self._held_tensors, self.buffers.collect(state))
+
+    @cached_property
+    def _plain_update(self) -> PlainUpdate | None:
+        return PlainUpdate(self) if PlainUpdate.is_possible(self) else None
 
     @cached_property
     def _generators(self) -> list[Any]:
@@ -363,9 +373,9 @@ class Step:
             fields = self.buffers.split(result.buffers)
             how: dict[str, Any] = {"optimizer": self.optimizer, "donate": self.donate}
             if self.sharding is None:
-                state = apply_gradients(state, grads, settings, fields, model=self.model, **how)
+                state = apply_gradients(state, grads, settings.by_group, fields, model=self.model, **how)
             else:
-                state = apply_to_shards(state, grads, settings, fields, sharding=self.sharding, **how)
+                state = apply_to_shards(state, grads, settings.by_group, fields, sharding=self.sharding, **how)
             if state.extra_state:
                 state = state.replace(extra_state=read_extra_state(self.model))
         if self.loss_scaling is not None:
@@ -384,13 +394,13 @@ class Step:
     def _all_finite(self, grads: Grads) -> Tensor | bool:
         return all_finite(grads) if self.sharding is None else self.sharding.all_finite(grads)
 
-    def settings_for(self, state: TrainState) -> dict[str, dict[str, float]]:
-        """Return the scheduled settings of the optimizer for the next update of `state`, by group."""
-        position, scale = state.iteration.update, state.hyperparams["lr_scale"]
-        settings = {group: {"lr": schedule(position) * scale} for group, schedule in self.lr.items()}
-        for group, schedule in self.weight_decay.items():
-            settings[group]["weight_decay"] = schedule(position)
-        return settings
+    def settings_for(self, state: TrainState) -> UpdateSettings:
+        """Return the scheduled settings of the optimizer for the next update of `state`."""
+        return self._settings(state.iteration.update, state.hyperparams["lr_scale"])
+
+    @cached_property
+    def _settings(self) -> SettingsSchedule:
+        return SettingsSchedule(self.lr, self.weight_decay)
 
     def _check_finite(self, losses: Losses, grads: Grads) -> tuple[Tensor | bool | None, bool]:
         """Return whether the losses are finite, and the gradients where they are checked, and whether to skip them."""
