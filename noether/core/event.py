@@ -77,10 +77,14 @@ class Event:
         """
         changes |= separate_means(type(self), changes)
         check_fields(type(self), changes)
-        return self.complete(**changes)
+        event = object.__new__(type(self))
+        vars(event).update(vars(self))
+        return event.complete(**changes)
 
     def complete(self, **fields: Any) -> Self:
-        """Return the event of a step with the fields that the loop knows; like `of`, it checks no value.
+        """Set the fields that the loop knows in the event of a step, which nothing else has seen yet, and return it.
+
+        Like `of`, it checks no value.
 
         Raises:
             TypeError: As for `of`.
@@ -91,9 +95,8 @@ class Event:
         """
         if __debug__ and not fields.keys() <= self.__dataclass_fields__.keys():
             raise TypeError(_unknown_field(type(self), fields))
-        event = object.__new__(type(self))
-        vars(event).update(vars(self), **fields)
-        return event
+        vars(self).update(fields)
+        return self
 
     def forward(self, state: TrainState, batch: Any) -> tuple[Mapping[str, torch.Tensor], Any]:
         """Return `(losses, outputs)` of the model with the weights of `state`, in evaluation mode."""

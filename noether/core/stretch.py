@@ -82,7 +82,7 @@ class Stretch:
         self._interpret = find_interpret_stretch(interpreter)
         # A callback at an accumulation step of the next update would see a state that lacks the updates that wait.
         can_wait = self._interpret is not None and not listens_to(reducer, AfterAccumulationStep)
-        self._reducer = reducer if can_wait and isinstance(reducer, Reducer) else None
+        self._reducer = reducer if can_wait and isinstance(reducer, Reducer) and reducer.lets_updates_wait else None
         self._max_s, self._max_updates = max_s, max_updates
         self._updates: list[CompletedUpdate] = []
         self._requests: list[tuple[Effects, Sequence[CompletedUpdate]]] = []

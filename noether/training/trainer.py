@@ -144,8 +144,10 @@ class Trainer:
         except BaseException as error:
             error.add_note(f"in update {state.iteration.update + 1}")
             raise
-        self._sample_counts.check(state.iteration.update, event.samples)
-        self._warn_of_changes(state.iteration.epoch)
+        if event.samples != self.run.effective_batch_size:
+            self._sample_counts.check(state.iteration.update, event.samples)
+        if state.iteration.epoch != self._mode_watch.epoch or not self._model_watch.is_done:
+            self._warn_of_changes(state.iteration.epoch)
         return after.advance(samples=event.samples), event, since_s
 
     def _end(self, move: Move, state: TrainState) -> tuple[TrainState, Event]:
@@ -198,8 +200,7 @@ class Trainer:
 
     def _warn_of_changes(self, epoch: int) -> None:
         """Name what updates changed of the model, and no checkpoint has; rank 0 does it for all."""
-        # Asked first, because nearly no update is looked at.
-        if not self.ranks.is_first or (self._mode_watch.epoch == epoch and self._model_watch.is_done):
+        if not self.ranks.is_first:
             return
         for changes in (self._model_watch.describe_changes(), self._mode_watch.describe_changes(epoch)):
             if changes is not None:

@@ -1,6 +1,7 @@
 """A micro-batch without samples is left out: an update with such micro-batches equals the update without them."""
 
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from noether.session.errors import SessionError
 from noether.session.timing import Clock
 from noether.testing import same
 from noether.training.data.indexed import EvaluationData, TrainingData
-from noether.training.data.sample_counts import NoSamplesError
+from noether.training.data.sample_counts import NoSamplesError, SampleCounts
 from noether.training.step.compiled import CompiledStep
 from noether.training.step.optimizer import FunctionalOptimizer
 from noether.training.step.step import Step
@@ -245,6 +246,15 @@ def test_a_run_without_any_usable_sample_ends_with_an_error(end):
     train, state = make_trainer(Filtered(usable=lambda _: False), end, [])
     with pytest.raises(NoSamplesError, match="4 updates in a row, a whole epoch, have no samples: check which samples"):
         train(state)
+
+
+@given(st.lists(st.sampled_from([0, 3, 4]), max_size=12))
+def test_only_empty_updates_in_a_row_end_a_run(samples):
+    counts, row = SampleCounts(Run(updates_per_epoch=3, samples_per_epoch=12, effective_batch_size=4)), 0
+    for update, count in enumerate(samples):
+        row = 0 if count else row + 1
+        with pytest.raises(NoSamplesError) if row >= 3 else nullcontext():
+            counts.check(update, count) if count != 4 else None
 
 
 # --- evaluation

@@ -250,10 +250,12 @@ def test_a_failed_log_leaves_no_update_out_of_the_state_that_is_saved(ending):
 
 
 def test_updates_that_wait_are_logged_although_the_failed_one_overwrote_their_state(monkeypatch):
-    def check(counts, update, samples):
-        fail("too many samples") if update == 3 else None
+    advance = TrainState.advance
 
-    monkeypatch.setattr("noether.training.trainer.SampleCounts.check", check)
+    def count(state, *, samples):
+        return fail("too many samples") if state.iteration.update == 3 else advance(state, samples=samples)
+
+    monkeypatch.setattr(TrainState, "advance", count)
     lines = []
     for takes_stretches in (False, True):
         log, settled = Log(takes_stretches=takes_stretches), []

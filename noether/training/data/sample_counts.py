@@ -34,17 +34,16 @@ class SampleCounts:
     Example:
         >>> from noether import Run
         >>> counts = SampleCounts(Run(updates_per_epoch=3, samples_per_epoch=10, effective_batch_size=4))
-        >>> for update, samples in enumerate((4, 4, 2)):
-        ...     counts.check(update, samples)
+        >>> counts.check(2, samples=2)
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._empty_in_row = 0
+        self._empty = range(0)  # the last updates in a row without samples
         self._warned: set[str] = set()
 
     def check(self, update: int, samples: int) -> None:
-        """Compare the samples of one update.
+        """Compare the samples of one update; it need not be called where they are `run.effective_batch_size`.
 
         Args:
             update: Number of updates completed before it.
@@ -54,12 +53,13 @@ class SampleCounts:
             NoSamplesError: If it and all updates before it, as many as an epoch has, were empty.
         """
         run = self._run
-        self._empty_in_row = 0 if samples else self._empty_in_row + 1
-        if samples == run.effective_batch_size:  # the common case
+        if samples == run.effective_batch_size:
             return
-        if self._empty_in_row >= run.updates_per_epoch:
+        if not samples:
+            self._empty = range(self._empty.start if update == self._empty.stop else update, update + 1)
+        if not samples and len(self._empty) >= run.updates_per_epoch:
             raise NoSamplesError(
-                f"{self._empty_in_row} updates in a row, a whole epoch, have no samples: check which samples `collate` "
+                f"{len(self._empty)} updates in a row, a whole epoch, have no samples: check which samples `collate` "
                 "of the training set leaves out"
             )
         given = run.iteration_after(update + 1).sample - run.iteration_after(update).sample
