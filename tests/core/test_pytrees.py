@@ -235,6 +235,19 @@ def test_a_tree_that_was_taken_cannot_be_flattened():
             read(params)
 
 
+@given(entries=dicts(TENSORS | SCALARS | NESTED), owner=st.sampled_from([None, NOT_DONATED]))
+def test_a_copy_of_a_donated_tree_has_what_each_of_its_keys_gives(entries, owner):
+    tree = DonatedTree(dict(entries), owner)
+    copied, read = tree.copy(), {key: tree[key] for key in tree}
+    assert type(copied) is dict
+    assert [(key, plain(value)) for key, value in copied.items()] == [
+        (key, plain(value)) for key, value in read.items()
+    ]
+    for key in (key for key, entry in entries.items() if isinstance(entry, torch.Tensor)):
+        assert copied[key].is_set_to(entries[key])
+        assert (copied[key] is entries[key]) == (owner is NOT_DONATED)
+
+
 def test_a_donated_state_becomes_plain_data():
     fields = dataclasses.asdict(donate(TrainState(params={"weight": torch.ones(2)})))
     assert fields["params"]["weight"].tolist() == [1.0, 1.0]

@@ -149,12 +149,14 @@ def read_results(source: str, results: Any, samples: int) -> dict[str, BatchResu
         )
     if "samples" in results:
         raise ValueError("process_data returned a result named 'samples', which is the number of samples")
-    return {name: _read_result(source, name, value, samples) for name, value in results.items()}
+    return {
+        name: _read_mean(source, name, value, samples) if isinstance(value, Mean) else _read_other(source, name, value)
+        for name, value in results.items()
+    }
 
 
-def _read_result(source: str, name: str, value: Any, samples: int) -> BatchResult:
-    if isinstance(value, Mean):
-        return _read_mean(source, name, value, samples)
+def _read_other(source: str, name: str, value: Any) -> BatchResult:
+    """Return what a sum, a count or a tensor to concatenate contributes."""
     if isinstance(value, torch.Tensor) and value.ndim:
         return BatchResult(_PER_SAMPLE, value)
     return BatchResult(_SUM, _read_sum(f"{source} returned {name!r}", value))

@@ -101,6 +101,17 @@ class DonatedTree(FrozenView):
             return entry
         return select_view()(entry) if isinstance(entry, torch.Tensor) else map_leaves(_view, entry)
 
+    def copy(self) -> dict[str, Any]:
+        """Return the entries as a dict: those of `dict(tree)`, in less time."""
+        tree = self._readable_tree()
+        if self.owner is NOT_DONATED:
+            return dict(tree)
+        view = select_view()
+        return {
+            key: view(entry) if isinstance(entry, torch.Tensor) else map_leaves(_view, entry)
+            for key, entry in tree.items()
+        }
+
     def _readable_tree(self) -> Mapping[str, Any]:
         if self._tree is None:
             raise DonatedError(

@@ -20,6 +20,7 @@ from noether.core.tensors.losses import detach_losses
 from noether.core.tensors.modes import evaluation_mode
 from noether.core.tensors.module import device_of, named_modules, named_parameters, rename_for_model
 from noether.core.tensors.torch_internals import set_grad_enabled
+from noether.core.tensors.tree import FrozenView
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -173,7 +174,8 @@ class Forward:
         source = vars(state)["params"]
         if self._gathered is not None and self._gathered[0] is source:
             return self._gathered[1]
-        params = dict(state.params)  # once, as some mappings make a view whenever a tensor is read
+        # Once, as some mappings make a view whenever a tensor is read.
+        params = source.copy() if isinstance(source, FrozenView) else dict(state.params)
         if not any(map(is_distributed, params.values())):
             return params
         self._gathered = source, {name: whole_tensor(param) for name, param in params.items()}
@@ -195,6 +197,6 @@ class Forward:
 
 def _are_same(model_params: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> bool:
     """Return whether `params` view the parameters of the model."""
-    return len(model_params) == len(params) and all(
-        name in model_params and are_same_memory(model_params[name], param) for name, param in params.items()
+    return model_params.keys() == params.keys() and all(
+        map(are_same_memory, model_params.values(), map(params.__getitem__, model_params))
     )

@@ -47,9 +47,10 @@ def describe_constructed(model: nn.Module) -> FrozenDict:
         >>> describe_constructed(model)["running_mean"]
         'float32[2]'
     """
-    if model not in _CONSTRUCTED:
-        _CONSTRUCTED[model] = FrozenDict(_describe_places(model, non_persistent_names(model)))
-    return _CONSTRUCTED[model]
+    constructed = _CONSTRUCTED.get(model)
+    if constructed is None:
+        constructed = _CONSTRUCTED[model] = FrozenDict(_describe_places(model, non_persistent_names(model)))
+    return constructed
 
 
 def describe_form(buffer: Tensor) -> str:
@@ -278,7 +279,8 @@ class BufferPlaces:
     def replace(self, buffers: Mapping[str, Tensor]) -> HeldBuffers:
         """Put copies of buffers into the model, and return what `restore` puts back: `exchange` in two calls."""
         before = [dict(place.items()) for place in self._dicts] if any(self._dicts) else []
-        self.place(buffers)
+        if before or buffers:
+            self.place(buffers)
         return before
 
     def restore(self, before: HeldBuffers) -> None:
