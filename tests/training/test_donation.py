@@ -272,6 +272,22 @@ def test_two_steps_of_one_model_do_not_write_to_each_others_states(step):
     assert same(dict(mine.params), dict(expected.params))
 
 
+def test_two_optimizers_may_take_turns_with_the_tensors_of_a_state():
+    model, settings = Plain(), [{"fused": True}, {"fused": True, "weight_decay": 0.5}]
+    adams = [FunctionalOptimizer(torch.optim.AdamW, {"lr": 0.1, **each}) for each in settings]
+    results = []
+    for donate in (True, False):
+        steps = [
+            Step(model=model, loss=loss, optimizer=each, lr={"default": Constant(value=0.1)}, donate=donate)
+            for each in adams
+        ]
+        state = initial_state(steps[0])
+        for number in range(6):
+            state, _ = steps[number % 2](state, [make_batch(number)])
+        results.append(dict(lease(state).params))
+    assert same(*results)
+
+
 def test_no_update_writes_to_a_copy(step):
     state = train(step, 3)
     snapshot = copy.copy(state.params)

@@ -40,8 +40,11 @@ def apply_gradients(
         donate: Whether to write to the tensors of a donated state, and to donate those of the new one.
     """
     present = {name: grad for name, grad in grads.items() if grad is not None}
-    model_tensors = _take_tensors(state, present, model, optimizer) if donate else None
+    model_tensors = ModelTensors.of(state, model) if donate else None
     if model_tensors is not None:
+        if model_tensors.update(state, optimizer, present, settings):
+            return model_tensors.donate_to(state, buffers)
+    elif donate and (model_tensors := _take_tensors(state, present, model, optimizer)) is not None:
         model_tensors.write(optimizer, present, settings)
         return model_tensors.donate_to(state, buffers)
     params, opt_state = optimizer.update(present, state.opt_state, state.params, settings=settings)
@@ -54,17 +57,11 @@ def apply_gradients(
 def _take_tensors(
     state: TrainState, grads: Mapping[str, Tensor], model: nn.Module, optimizer: FunctionalOptimizer
 ) -> ModelTensors | None:
-    """Take the tensors from the state and return them, or return None if the update cannot write to them."""
-    model_tensors = ModelTensors.of(state, model)
-    if model_tensors is not None:
-        if not model_tensors.can_write(optimizer, grads):
-            return None
-        model_tensors.take_from(state)
-        return model_tensors
+    """Take the tensors from a state that no update made, or return None if the update cannot write to them."""
     params, opt_state = state.params, state.opt_state
     if not isinstance(params, DonatedTree) or not isinstance(opt_state, DonatedTree) or params.owner is not None:
         return None
-    # First update of a new or resumed run. The optimizer's class would copy the params to create its memory.
+    # The optimizer's class would copy the params to create its memory.
     if not optimizer.can_write(grads, optimizer.add_first_memory(opt_state, params, grads), params):
         return None
     taken = params.take()

@@ -64,7 +64,8 @@ class ModelTensors:
             ],
             shared=len(self.leaves),
         )
-        self._writer: tuple[tuple[str, ...], Writer] | None = None  # names of gradients, and the function for them
+        # The optimizer, the names of the gradients, and the function for both.
+        self._writer: tuple[FunctionalOptimizer, tuple[str, ...], Writer] | None = None
         self._bind()
 
     @classmethod
@@ -81,11 +82,45 @@ class ModelTensors:
         if _addresses(self._ordered_parameters) != self._addresses:
             self._bind()
 
-    def can_write(self, optimizer: FunctionalOptimizer, grads: Mapping[str, Tensor]) -> bool:
-        """Return whether `optimizer` can write an update with these gradients."""
-        if self._writer is not None and self._writer[0] == tuple(grads):
-            return True not in [grad.is_sparse for grad in grads.values()]
-        return optimizer.can_write(grads, self.opt_state, self.params)
+    def update(
+        self,
+        state: TrainState,
+        optimizer: FunctionalOptimizer,
+        grads: Mapping[str, Tensor],
+        settings: Mapping[str, Mapping[str, Any]],
+    ) -> bool:
+        """Take the tensors from a state and write an update to them; return False if only the class can make it.
+
+        Args:
+            state: The state that has these tensors; it cannot be read afterwards, unless nothing was written.
+            optimizer: Computes the update.
+            grads: Gradients by name of parameter.
+            settings: Settings of the optimizer by group.
+        """
+        if not self._has_writer(optimizer, tuple(grads)):
+            if not optimizer.can_write(grads, self.opt_state, self.params):
+                return False
+        elif True in [grad.is_sparse for grad in grads.values()]:
+            return False
+        self.take_from(state)
+        self.write(optimizer, grads, settings)
+        return True
+
+    def write(
+        self,
+        optimizer: FunctionalOptimizer,
+        grads: Mapping[str, Tensor],
+        settings: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Write an update to tensors that no state has; copies replace those that something else holds."""
+        self.unshare()
+        names = tuple(grads)
+        if self._writer is None or not self._has_writer(optimizer, names):
+            self._writer = optimizer, names, optimizer.writer(self.opt_state, self.params, names)
+        self._writer[2](grads, settings)
+
+    def _has_writer(self, optimizer: FunctionalOptimizer, names: tuple[str, ...]) -> bool:
+        return self._writer is not None and self._writer[0] is optimizer and self._writer[1] == names
 
     def take_from(self, state: TrainState) -> None:
         """Take the tensors from a state that has these, and which cannot be read afterwards.
@@ -94,19 +129,6 @@ class ModelTensors:
         """
         vars(state)["params"].take()
         vars(state)["opt_state"].take()
-
-    def write(
-        self,
-        optimizer: FunctionalOptimizer,
-        grads: Mapping[str, Tensor],
-        settings: Mapping[str, Mapping[str, Any]],
-    ) -> None:
-        """Write an update to the tensors; copies replace those that something else holds."""
-        self.unshare()
-        names = tuple(grads)
-        if self._writer is None or self._writer[0] != names:
-            self._writer = names, optimizer.writer(self.opt_state, self.params, names)
-        self._writer[1](grads, settings)
 
     def unshare(self) -> None:
         """Replace tensors that something else holds by copies, so that all may be written to."""

@@ -64,13 +64,11 @@ class PlainUpdate:
         grads, losses, output = self._differentiate(tensors, batch)
         outputs, buffers = (map_tensors(Tensor.detach, output),), places.read()
         present = {name: grad for name, grad in grads.items() if grad is not None}
-        if not losses or not tensors.can_write(step.optimizer, present):
+        settings = step.settings_for(state)
+        if not losses or not tensors.update(state, step.optimizer, present, settings.by_group):
             return step.apply(state, Gradients(grads, losses, buffers, samples[0]), outputs, samples, None)
-        settings, total = step.settings_for(state), losses["total"]
-        finite = total - total == 0 if step.finite else None
-        tensors.take_from(state)
-        tensors.write(step.optimizer, present, settings.by_group)
         state = tensors.donate_to(state, places.split(buffers))
+        finite = losses["total"] - losses["total"] == 0 if step.finite else None
         return state, make_event(losses, outputs, samples, settings, finite=finite)
 
     def _differentiate(self, tensors: ModelTensors, batch: Any) -> tuple[Grads, Losses, Any]:

@@ -146,7 +146,8 @@ class Shards:
         self._places = [(tree, key) for tree, key, _ in tensors]
         self._shared = shared
         self._storages: OwnedStorages | None = None
-        self._writer: tuple[tuple[str, ...], Writer] | None = None  # names of gradients, and the function for them
+        # The optimizer, the names of the gradients, and the function for both.
+        self._writer: tuple[FunctionalOptimizer, tuple[str, ...], Writer] | None = None
 
     @classmethod
     def of(cls, state: TrainState) -> Self | None:
@@ -158,7 +159,7 @@ class Shards:
 
     def can_write(self, optimizer: FunctionalOptimizer, grads: Mapping[str, Tensor]) -> bool:
         """Return whether `optimizer` can write an update with these gradients."""
-        if self._writer is not None and self._writer[0] == tuple(grads):
+        if self._has_writer(optimizer, tuple(grads)):
             return True
         return optimizer.can_write(grads, self._local_memory, self._local_params)
 
@@ -175,9 +176,12 @@ class Shards:
             self._wrap()
             self._writer = None
         names = tuple(grads)
-        if self._writer is None or self._writer[0] != names:
-            self._writer = names, optimizer.writer(self._local_memory, self._local_params, names)
-        self._writer[1](grads, settings)
+        if self._writer is None or not self._has_writer(optimizer, names):
+            self._writer = optimizer, names, optimizer.writer(self._local_memory, self._local_params, names)
+        self._writer[2](grads, settings)
+
+    def _has_writer(self, optimizer: FunctionalOptimizer, names: tuple[str, ...]) -> bool:
+        return self._writer is not None and self._writer[0] is optimizer and self._writer[1] == names
 
     def donate_to(self, state: TrainState, buffers: Mapping[str, FrozenDict]) -> TrainState:
         """Return the state with these shards as params and optimizer memory; the next update may write to them."""

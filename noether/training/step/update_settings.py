@@ -16,7 +16,7 @@ class UpdateSettings(NamedTuple):
     """The scheduled settings of one update.
 
     Args:
-        by_group: They by name, by group, as optimizers take them.
+        by_group: All of them, by group and name, as optimizers take them.
         lr: Learning rate by group.
         weight_decay: Weight decay by group; empty for an optimizer that has none.
     """
