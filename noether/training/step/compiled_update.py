@@ -19,6 +19,7 @@ from noether.core.tensors.torch_internals import (
     CompiledGraph,
     Trace,
     refuse_to_compile,
+    set_grad_enabled,
 )
 from noether.training.step import kernels
 from noether.training.step.accumulation import add_terms
@@ -109,11 +110,15 @@ class CompiledUpdate:
         param_tensors = [params[name] for name in self._names]
         memory_tensors = [memory[name][key] for name, key in self._places]
         graph = self._graph_for(param_tensors + memory_tensors)
-        with torch.no_grad():
-            self._set_rates([settings.lr[group] for group in self._groups])
-            buffer_tensors = [buffers[name] for name in self._buffers]
-            arguments = (param_tensors, memory_tensors, buffer_tensors, calls, samples, self._lr)
+        self._set_rates([settings.lr[group] for group in self._groups])
+        buffer_tensors = [buffers[name] for name in self._buffers]
+        arguments = (param_tensors, memory_tensors, buffer_tensors, calls, samples, self._lr)
+        is_enabled = torch.is_grad_enabled()
+        set_grad_enabled(False)
+        try:
             return UpdateResult(*graph(*arguments, begin=begin))
+        finally:
+            set_grad_enabled(is_enabled)
 
     def _graph_for(self, tensors: list[Tensor]) -> CompiledGraph:
         """Return the graph for params and memory of this form."""
