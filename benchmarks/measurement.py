@@ -6,6 +6,7 @@ other, ratios compare two times of the same round, and a cell shows the median o
 
 from __future__ import annotations
 
+import ctypes
 import time
 from dataclasses import dataclass
 from statistics import quantiles
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _Measured = TypeVar("_Measured")
 _MIN_TIMED_S = 2e-3  # long compared with the microsecond that reading the clock takes
 _WIDTH = 150
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of `mallopt` in glibc's malloc.h
+_LARGEST_TRIM, _LARGEST_MMAP = 2**31 - 1, 32 * 2**20
 
 markdown_option = click.option("--markdown", is_flag=True, help="Print Markdown.")
 
@@ -82,6 +85,20 @@ def quartiles(values: Iterable[float], digits: int = 2) -> str:
         return f"{numbers[0]:.{digits}f}"
     low, middle, high = (f"{value:.{digits}f}" for value in quantiles(numbers, n=4, method="inclusive"))
     return f"{middle} ({low}-{high})"
+
+
+def keep_freed_memory() -> list[str]:
+    """Tell the C library to keep freed memory, and return a note for the table if it cannot.
+
+    glibc returns freed memory to the system once enough of it lies at the end of the heap, and the next update waits
+    while the system maps it again. When that happens depends on the addresses of long-lived objects, so on chance: up
+    to a tenth of an update of a medium network, of any loop.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    options = ((_TRIM_THRESHOLD, _LARGEST_TRIM), (_MMAP_THRESHOLD, _LARGEST_MMAP))
+    if set_option is not None and all(set_option(*option) for option in options):
+        return []
+    return ["Freed memory may be returned to the system: the C library has no `mallopt` to keep it."]
 
 
 def take_turns(rows: Mapping[str, Callable[[], _Measured]], rounds: int) -> list[dict[str, _Measured]]:

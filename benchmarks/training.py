@@ -44,7 +44,16 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.dispatch import NEVER
-from benchmarks.measurement import Table, available_rows, markdown_option, quartiles, ratios, show, take_turns
+from benchmarks.measurement import (
+    Table,
+    available_rows,
+    keep_freed_memory,
+    markdown_option,
+    quartiles,
+    ratios,
+    show,
+    take_turns,
+)
 from noether import TrainingIteration, compose
 from noether.config import load
 from noether.core.callbacks import EvaluateCallback
@@ -443,6 +452,7 @@ def _flat(tensors: Iterable[Tensor]) -> Tensor:
 def main(networks: Sequence[str], epochs: int | None, rounds: int, *, cpu: bool, markdown: bool) -> None:
     """Measure and print the tables."""
     torch.set_num_threads(1)
+    notes = keep_freed_memory()
     for size in networks or _NETWORKS:
         task = Task.of(
             _NETWORKS[size].make, epochs or _NETWORKS[size].epochs, time.process_time if cpu else time.perf_counter
@@ -456,7 +466,7 @@ def main(networks: Sequence[str], epochs: int | None, rounds: int, *, cpu: bool,
         parameters = sum(parameter.numel() for parameter in task.model.parameters())
         title = f"An update of the {size} network ({parameters:,} parameters, batch 64) in its training loop"
         headings = ("", "us", "/ bare, default AdamW", "/ bare, fused AdamW")
-        show(Table(title, headings, cells, missing), markdown=markdown)
+        show(Table(title, headings, cells, [*missing, *notes]), markdown=markdown)
 
 
 if __name__ == "__main__":
