@@ -44,7 +44,8 @@ class FlushInterval:
 
     def is_due(self, event: Event) -> bool:
         """Return whether to flush at this event."""
-        time_s, seconds = event.time_s, self._seconds.get(kind_of(type(event)))
+        time_s, event_type = event.time_s, type(event)
+        seconds = self._seconds.get(event_type if event_type in self._seconds else kind_of(event_type))
         if seconds is None or not time_s:
             return True
         if 0 <= time_s - self._last_s < seconds:

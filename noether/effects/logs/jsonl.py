@@ -141,7 +141,7 @@ class LinesFile:
                 self._add_counts(lost=1)
             raise
         self._buffer.append(line)
-        if self._is_due(event) or len(self._buffer) >= _BUFFER_LINES:
+        if (self._updates.is_due(event) and self._epochs.is_due(event)) or len(self._buffer) >= _BUFFER_LINES:
             self.flush()
 
     def write_updates(self, effect: LogUpdates, state: TrainState, event: Event) -> None:  # noqa: ARG002  # a handler
@@ -158,7 +158,7 @@ class LinesFile:
                 self._buffer.append(self._to_line(row, row.iteration, row.event))
             except Exception as error:  # noqa: BLE001  # one bad row must not affect the others
                 errors.append(error)
-            is_due = self._is_due(row.event) or is_due
+            is_due = self._updates.is_due(row.event) or is_due
         if errors:
             with self._lock:
                 self._add_counts(lost=len(errors))
@@ -166,9 +166,6 @@ class LinesFile:
             self.flush()
         if errors:
             raise errors[0]
-
-    def _is_due(self, event: Event) -> bool:
-        return self._updates.is_due(event) and self._epochs.is_due(event)
 
     def discard_buffer(self) -> None:
         """Discard the buffered lines."""

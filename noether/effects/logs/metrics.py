@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 def event_name(event: Event) -> str:
     """Return the name of an event in logs, such as `after_update`."""
-    return _snake_case(kind_of(type(event)).__name__)
+    return _name_of(type(event))
 
 
 @functools.cache
-def _snake_case(name: str) -> str:
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+def _name_of(event_type: type[Event]) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind_of(event_type).__name__).lower()
 
 
 def position_fields(iteration: TrainingIteration, event: Event) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class _Encoder:
             values = to_plain(values)
         elif type(values) is not FrozenDict:
             values = dict(values)
-        return values, iteration, event_name(event), event.time_s
+        return values, iteration, _name_of(type(event)), event.time_s
 
     def encode(self, line: Line | dict[str, Any]) -> str:
         """Return the JSON of a line."""
