@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any, Final, final
 
 from noether.core.callback import (
@@ -21,6 +23,7 @@ from noether.core.errors import CallbackError, NoetherError, suggest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
 from noether.core.metric_keys import keys_overlap
 from noether.core.overwrites import check_overwrites
+from noether.core.state import TrainState
 from noether.core.tensors.memory import check_memory, check_savable, freeze_memory
 from noether.core.tensors.tree import FrozenDict, storages
 from noether.core.update_calls import CallsAtUpdates
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from noether.core.callback import Callback, Effects
     from noether.core.effect import Effect
     from noether.core.event import Event
-    from noether.core.state import Memory, TrainState
+    from noether.core.state import Memory
     from noether.core.stretch import CompletedUpdate
     from noether.core.update_calls import Call
 
@@ -359,26 +362,23 @@ def _note_place(error: BaseException, member: Callback, effects: Effects, state:
 
 _FIELDS_OF_CALLBACKS: Final = frozenset({"callback_states", "metrics"})
 """Fields of a state that a callback may change for updates that waited: no update reads what a callback keeps there."""
+_OTHER_FIELDS: Final = tuple(
+    each.name for each in dataclasses.fields(TrainState) if each.name not in _FIELDS_OF_CALLBACKS
+)
 _LOOP_FIELDS: Final = (
     "iteration", "previous", "epoch_start", "epoch_batches", "seed", "ended", "pending", "lengths",
 )  # fmt: skip
 """Fields of a state that only the loop may change."""
+# They run at every call of a member, and read all fields in one call.
+_read_other_fields, _read_loop_fields = itemgetter(*_OTHER_FIELDS), attrgetter(*_LOOP_FIELDS)
+_LOG_UPDATES: Final = frozenset({LogUpdates})
 
 
 def _check_change(member: Callback, before: TrainState, result: tuple[TrainState, Effects], event: Event) -> None:
     after, _ = result
     if type(after) is not type(before):
         check_result(member, result)
-    if (
-        after.iteration is not before.iteration
-        or after.previous is not before.previous
-        or after.seed is not before.seed
-        or after.ended is not before.ended
-        or after.pending is not before.pending
-        or after.epoch_start is not before.epoch_start
-        or after.epoch_batches is not before.epoch_batches
-        or after.lengths is not before.lengths
-    ):
+    if not all(map(is_, _read_loop_fields(after), _read_loop_fields(before))):
         name = next(each for each in _LOOP_FIELDS if getattr(after, each) is not getattr(before, each))
         raise ValueError(f"{label_of(member)} changed state.{name}, which only the loop may change")
     if after.hyperparams is not before.hyperparams:
@@ -392,8 +392,9 @@ def _check_change(member: Callback, before: TrainState, result: tuple[TrainState
 def _check_late_result(member: Callback, before: TrainState, after: TrainState, effects: Effects) -> None:
     """Refuse what comes too late, because a callback heard of updates that waited."""
     old, new = vars(before), vars(after)
-    changed = [name for name in new if new[name] is not old[name] and name not in _FIELDS_OF_CALLBACKS]
-    late = [f"changed state.{name}" for name in changed]
+    if all(map(is_, _read_other_fields(new), _read_other_fields(old))) and _LOG_UPDATES.issuperset(map(type, effects)):
+        return  # the usual case
+    late = [f"changed state.{name}" for name in _OTHER_FIELDS if new[name] is not old[name]]
     late += [f"requested {effect!r}" for effect in effects if not isinstance(effect, LogUpdates)]
     if late:
         raise CallbackError(
