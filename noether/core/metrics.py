@@ -76,14 +76,14 @@ def log_updates(state: TrainState, rows: Iterable[UpdateScalars]) -> tuple[Train
         >>> str(state.metrics["x"].iteration), len(effects[0].rows)
         ('E0_U2_S2', 2)
     """
-    logged = tuple(row for row in rows if row.values)
+    logged = [row for row in rows if row.values]
     if not logged:
         return state, ()
     measured: dict[str, Measured] = {}
-    for row, following in zip(logged, (*logged[1:], None), strict=True):
+    for row, following in zip(logged, [*logged[1:], None], strict=True):
         if following is None or following.values is not row.values:  # a later row replaces one of equal values
             measured |= {key: Measured(value, row.iteration) for key, value in row.values.items()}
-    return state.replace(metrics=FrozenDict({**state.metrics, **measured})), (LogUpdates(logged),)
+    return state.replace(metrics=FrozenDict({**state.metrics, **measured})), (LogUpdates(tuple(logged)),)
 
 
 def to_numbers(values: Mapping[str, torch.Tensor | SupportsFloat]) -> FrozenDict:

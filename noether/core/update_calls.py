@@ -59,8 +59,13 @@ class CallsAtUpdates:
 
     def _calls(self, due: Iterable[int]) -> tuple[Call, ...]:
         due = frozenset(due)
-        calls = ((member, member if index in due else closed) for member, closed, index in self._members)
-        return tuple((member, call) for member, call in calls if call is not None)
+        return tuple(
+            [
+                (member, call)
+                for member, closed, index in self._members
+                if (call := member if index in due else closed) is not None
+            ]
+        )
 
 
 def _find_calls_for_updates(calls: Sequence[Call]) -> tuple[tuple[Callback, CallForUpdates], ...] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
@@ -247,6 +247,7 @@ def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
     return tuple(merged)
 
 
+@cache
 def _find_merged_type(effect_type: type[Effect]) -> type[Effect] | None:
     """Return which of the merged types a type of effect is; None if its effects are not merged."""
     if effect_type in _MERGES:
