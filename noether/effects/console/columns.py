@@ -52,7 +52,8 @@ def add_label(state: TrainState, lines: Sequence[str], width: int = LABEL_WIDTH)
         width: Minimum width of the label in characters, so that the texts of several events are aligned.
     """
     label = f"{state.iteration!s:<{width}} "
-    return "\n".join(f"{label if number == 0 else ' ' * len(label)}{line}" for number, line in enumerate(lines))
+    indent = f"\n{' ' * len(label)}"
+    return f"{label}{indent.join(lines)}"
 
 
 def repeats_single_loss(key: str, metrics: Mapping[str, Any]) -> bool:

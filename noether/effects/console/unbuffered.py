@@ -27,7 +27,7 @@ def write_unbuffered(file: IO[str], text: str) -> None:
         file.flush()
         return
     file.flush()  # output of other code, which comes first
-    rest = memoryview(text.encode(file.encoding, "backslashreplace"))
+    rest = text.encode(file.encoding, "backslashreplace")
     while rest:
         if (size := raw.write(rest)) is None:  # a pipe that does not block
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
