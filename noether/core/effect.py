@@ -67,7 +67,12 @@ class UpdateScalars(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LogUpdates(Effect):
+class UpdateLog(Effect):
+    """The base of what is logged of updates that waited: the only effects that may be requested later than they."""
+
+
+@dataclass(frozen=True)
+class LogUpdates(UpdateLog):
     """Write scalars of several updates to every log: a line for each, as `LogScalars` at each of them would have.
 
     Only a callback that is called once for several updates requests it; see `noether.core.stretch`.
@@ -116,6 +121,24 @@ class LogText(Effect):
     def __repr__(self) -> str:
         key = f", key={self.key!r}" if self.key else ""
         return f"LogText(text={self.text!r}{key}{', is_progress=True' if self.is_progress else ''})"
+
+
+@dataclass(frozen=True)
+class LogUpdateText(UpdateLog):
+    """Write a line to the console for one of several updates, as the `LogText` at that update would have.
+
+    Only a callback that is called once for several updates requests it; see `noether.core.stretch`. It comes before the
+    metrics of its update, and after those of the updates before. Handlers of `LogText` run it.
+
+    Args:
+        iteration: The iteration after the update.
+        event: Its event, without outputs and gradients.
+        text: The line, which has no key.
+    """
+
+    iteration: TrainingIteration
+    event: AfterUpdate
+    text: LogText
 
 
 @dataclass(frozen=True)

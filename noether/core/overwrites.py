@@ -50,15 +50,17 @@ def check_overwrites(requests: Sequence[tuple[Callback, Effects]], event: Event)
 def _may_overwrite(requests: Sequence[tuple[Callback, Effects]]) -> bool:
     """Return False if all that the effects write is metrics, each once: the usual case, which is found fast."""
     metrics: set[str] = set()
-    count = 0
+    count = several = 0
     for _, effects in requests:
         for effect in effects:
             if type(effect) is LogScalars:
                 metrics.update(effect.values)
                 count += len(effect.values)
+            elif type(effect) is LogUpdates:  # which has one row for each update
+                several += 1
             elif isinstance(effect, _WRITING_TYPES) or artifact_key(effect) is not None:
                 return True
-    return len(metrics) < count
+    return len(metrics) < count or several > 1
 
 
 _WRITING_TYPES: Final = (LogScalars, LogUpdates, SetSummary, SaveTensors, MeasurePeakMemory)

@@ -18,7 +18,7 @@ from noether.core.callback import (
 )
 from noether.core.callback_checks import check_bound, check_callback, check_effects, check_result
 from noether.core.declarations import check_declarations
-from noether.core.effect import LogUpdates
+from noether.core.effect import UpdateLog
 from noether.core.errors import CallbackError, NoetherError, suggest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
 from noether.core.metric_keys import keys_overlap
@@ -168,8 +168,8 @@ class Reducer:
             updates: Updates in a row, for each of which `can_wait` returned True.
 
         Raises:
-            CallbackError: If a member changes what the next update reads, or requests other effects than `LogUpdates`:
-                both would come too late.
+            CallbackError: If a member changes what the next update reads, or requests other effects than `LogUpdates`
+                and `LogUpdateText`: both would come too late.
 
         Example:
             >>> from noether import OnlineLossCallback, TrainState
@@ -371,7 +371,6 @@ _LOOP_FIELDS: Final = (
 """Fields of a state that only the loop may change."""
 # They run at every call of a member, and read all fields in one call.
 _read_other_fields, _read_loop_fields = itemgetter(*_OTHER_FIELDS), attrgetter(*_LOOP_FIELDS)
-_LOG_UPDATES: Final = frozenset({LogUpdates})
 
 
 def _check_change(member: Callback, before: TrainState, result: tuple[TrainState, Effects], event: Event) -> None:
@@ -392,10 +391,9 @@ def _check_change(member: Callback, before: TrainState, result: tuple[TrainState
 def _check_late_result(member: Callback, before: TrainState, after: TrainState, effects: Effects) -> None:
     """Refuse what comes too late, because a callback heard of updates that waited."""
     old, new = vars(before), vars(after)
-    if all(map(is_, _read_other_fields(new), _read_other_fields(old))) and _LOG_UPDATES.issuperset(map(type, effects)):
-        return  # the usual case
-    late = [f"changed state.{name}" for name in _OTHER_FIELDS if new[name] is not old[name]]
-    late += [f"requested {effect!r}" for effect in effects if not isinstance(effect, LogUpdates)]
+    is_unchanged = all(map(is_, _read_other_fields(new), _read_other_fields(old)))
+    late = [] if is_unchanged else [f"changed state.{name}" for name in _OTHER_FIELDS if new[name] is not old[name]]
+    late += [f"requested {effect!r}" for effect in effects if not isinstance(effect, UpdateLog)]
     if late:
         raise CallbackError(
             f"{label_of(member)} {late[0]} for updates that waited, which comes too late: let can_wait return False "

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, final
 
 from noether.core.callback import attribute_of, callable_while_closed
 from noether.core.event import AfterUpdate
-from noether.core.schedules.pending import PendingSchedules
-from noether.core.schedules.window import ALWAYS
+from noether.core.schedules.pending import PendingSchedules, is_always_due
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -32,23 +31,25 @@ class CallsAtUpdates:
         # In order: a member, the callable to call while it is not due, and its index in `_pending`.
         self._members: list[tuple[Callback, Callback | None, int | None]] = []
         pending: list[Schedule] = []
+        acting: list[Schedule] = []  # of members that have to be called at the update at which they are due
         for member in members:
             closed, schedule = callable_while_closed(member, event_type), _schedule_at_updates(member)
-            if schedule is None or closed is member or _is_always_due(schedule):
+            if schedule is None or closed is member or is_always_due(schedule):
                 self._members.append((member, closed if schedule is None else member, None))
             else:
                 self._members.append((member, closed, len(pending)))
                 pending.append(schedule)
-        self._pending = PendingSchedules(pending)
+                acting += [] if _may_fire_later(member) else [schedule]
+        self._pending, self._acting = PendingSchedules(pending), PendingSchedules(acting)
         self._while_closed = self._calls(())  # the calls of most updates, at which no gate opens
-        self.for_updates = _find_calls_for_updates(self._while_closed)
-        """What to call once for several updates at which no gate opens; None if a member has to be called at each."""
-        conditions = (getattr(member, "_can_wait", None) for member, _ in self._while_closed)
+        self.for_updates = self._find_calls_for_updates()
+        """What to call once for several updates, none of which has to be told at once; None if a member needs each."""
+        conditions = (getattr(member, "_can_wait", None) for member, _ in self.for_updates or ())
         self._conditions = tuple(condition for condition in conditions if condition is not None)
 
     def can_wait(self, state: TrainState, event: AfterUpdate) -> bool:
         """Return whether the calls in `for_updates` can come later for the update of `state`."""
-        if self.for_updates is None or self._pending.may_be_due(state.previous, state.iteration):
+        if self.for_updates is None or self._acting.due(state.previous, state.iteration):
             return False
         return not self._conditions or all(condition(state, event) for condition in self._conditions)
 
@@ -67,24 +68,24 @@ class CallsAtUpdates:
             ]
         )
 
+    def _find_calls_for_updates(self) -> tuple[tuple[Callback, CallForUpdates], ...] | None:
+        """Return what to call once for several updates, none of which needs an answer; None if a member has nothing."""
+        found: list[tuple[Callback, CallForUpdates]] = []
+        for member, closed, index in self._members:
+            fires = closed is member or (index is not None and _may_fire_later(member))
+            if closed is not None or fires:
+                call = getattr(member, "_fire_updates" if fires else "_track_updates", None)
+                if call is None:
+                    return None
+                found.append((member, call))
+        return tuple(found)
 
-def _find_calls_for_updates(calls: Sequence[Call]) -> tuple[tuple[Callback, CallForUpdates], ...] | None:
-    """Return what to call once in place of these calls at each of several updates; None if a member has nothing."""
-    found: list[tuple[Callback, CallForUpdates]] = []
-    for member, call in calls:
-        call_for_updates = getattr(member, "_fire_updates" if call is member else "_track_updates", None)
-        if call_for_updates is None:
-            return None
-        found.append((member, call_for_updates))
-    return tuple(found)
+
+def _may_fire_later(member: Callback) -> bool:
+    return getattr(member, "_fire_updates", None) is not None
 
 
 def _schedule_at_updates(member: Callback) -> Schedule | None:
     """Return the part of a member's schedule that its gate reads at updates."""
     gate: Gate | None = attribute_of(member, "gate")
     return None if gate is None else gate.parts.get(AfterUpdate)
-
-
-def _is_always_due(schedule: Schedule) -> bool:
-    # Not at every sample: an update may have none.
-    return any(each.counter == "update" and each.interval == 1 and each.window == ALWAYS for each in schedule.members)

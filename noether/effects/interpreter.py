@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import cache, partial
+from bisect import bisect_left
+from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 
 from noether.core.artifacts import artifact_key
-from noether.core.effect import Effect, LogScalars, LogUpdates, SaveCheckpoint, SaveTensors, SetSummary, ShowProgress
+from noether.core.effect import (
+    Effect,
+    LogScalars,
+    LogText,
+    LogUpdates,
+    LogUpdateText,
+    SaveCheckpoint,
+    SaveTensors,
+    SetSummary,
+    ShowProgress,
+    UpdateLog,
+)
 from noether.core.errors import NoetherError, suggest
 from noether.core.reducer import attach_effects
 from noether.core.tensors.tree import FrozenDict
@@ -67,7 +79,11 @@ class Interpreter:
         measures: Mapping[type[Effect], Measure] | None = None,
         check: Callable[[TrainState, Event], None] = lambda state, event: None,  # noqa: ARG005  # names the arguments
     ) -> None:
-        self._handlers = {effect_type: tuple(each) for effect_type, each in handlers.items()}
+        self._given = {effect_type: tuple(each) for effect_type, each in handlers.items()}
+        self._handlers = dict(self._given)
+        if LogText in handlers:
+            texts = map(_handle_update_text, handlers[LogText])
+            self._handlers[LogUpdateText] = (*texts, *handlers.get(LogUpdateText, ()))
         self._on_all_ranks = {
             effect_type: tuple(filter(_is_on_all_ranks, each)) for effect_type, each in self._handlers.items()
         }
@@ -117,8 +133,8 @@ class Interpreter:
     def with_handlers(self, effect_type: type[Effect], *handlers: Handler) -> Interpreter:
         """Return a new interpreter that also calls `handlers` for effects of this type, after the existing ones.
 
-        With handlers added for `LogScalars`, it does not handle `LogUpdates` any more: the new handlers get the scalars
-        of each update, with the state of that update.
+        With handlers added for `LogScalars` or `LogText`, it does not handle `LogUpdates` any more: the new handlers
+        get the scalars and texts of each update, with the state of that update.
 
         Example:
             >>> from dataclasses import dataclass
@@ -132,8 +148,8 @@ class Interpreter:
             >>> interpreter([Ring(2)], TrainState(), AfterTraining())
             ding ding
         """
-        table = {**self._handlers, effect_type: (*self._handlers.get(effect_type, ()), *handlers)}
-        if effect_type is LogScalars:  # the handlers of several updates do not call the new ones
+        table = {**self._given, effect_type: (*self._given.get(effect_type, ()), *handlers)}
+        if effect_type in (LogScalars, LogText):  # new handlers may read the state at each update
             table.pop(LogUpdates, None)
         return Interpreter(table, self._measures, self._check_background)
 
@@ -158,12 +174,22 @@ class Interpreter:
     def _require_handler(self, effect_type: type[Effect]) -> None:
         if not self.handles(effect_type):
             name = effect_type.__name__
-            known = [each.__name__ for each in dict.fromkeys((*self._handlers, *self._measures))]
+            known = [each.__name__ for each in dict.fromkeys((*self._given, *self._measures))]
             raise UnhandledEffectError(
                 f"no handler for the effect {name}{suggest(name, known)}; "
                 f"add one with interpreter.with_handlers({name}, handler), or by run.handlers in YAML. "
                 f"Handled: {', '.join(known) or 'none'}"
             )
+
+
+def _handle_update_text(handler: Handler) -> Handler:
+    """Return the handler of `LogUpdateText` that calls a handler of `LogText`."""
+
+    @wraps(handler)  # which may be marked
+    def handle(effect: LogUpdateText, state: TrainState, _event: Event) -> None:
+        handler(effect.text, state.replace(iteration=effect.iteration), effect.event)
+
+    return handle
 
 
 def _run_merged(
@@ -223,7 +249,8 @@ def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
     """Merge the effects of one event: one log line, one checkpoint per tag, logs before checkpoints.
 
     Scalars, summary entries and tensors of one name are united; a later value replaces an earlier one, and so does a
-    later artifact of one key. Rows of several `LogUpdates` are united by update, and stay in the order of the updates.
+    later artifact of one key. Rows of several `LogUpdates` are united by update, and stay in the order of the updates;
+    texts of updates come between them.
     Of several `ShowProgress` the last due one remains, or the last if none is due.
     Checkpoints of one tag are united and come last, so that a checkpoint is never ahead of the log. A request for
     `TAG.latest` joins that for `TAG` if this is for the whole state, too. Those to resume from come first: from one of
@@ -237,7 +264,8 @@ def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
         return tuple(effects)
     groups: dict[type[Effect] | None, list[Any]] = {}
     for effect in effects:
-        groups.setdefault(_find_merged_type(type(effect)), []).append(effect)
+        merged_type = _find_merged_type(type(effect))  # type: ignore[arg-type]  # mypy asks for the hash of an instance
+        groups.setdefault(merged_type, []).append(effect)
     others = groups.get(None, [])
     last = {key: effect for effect in others if (key := artifact_key(effect)) is not None}
     merged = [effect for effect in others if last.get(artifact_key(effect) or "", effect) is effect] if last else others
@@ -260,9 +288,24 @@ def _choose_progress(effects: Sequence[ShowProgress]) -> tuple[ShowProgress]:
     return (max(reversed(effects), key=lambda each: each.due),)
 
 
-def _merge_updates(effects: Sequence[LogUpdates]) -> Sequence[LogUpdates]:
+def _merge_updates(effects: Sequence[UpdateLog]) -> Iterator[UpdateLog]:
+    """Yield rows and texts of several updates: each text comes before the row of its update."""
+    texts = [effect for effect in effects if isinstance(effect, LogUpdateText)]
+    merged = _merge_rows([effect for effect in effects if isinstance(effect, LogUpdates)])
+    rows = list(merged.rows)
+    for text in sorted(texts, key=lambda each: each.iteration.update):
+        count = bisect_left(rows, text.iteration.update, key=lambda row: row.iteration.update)
+        if count:
+            yield LogUpdates(tuple(rows[:count]), merged.quiet)
+        yield text
+        rows = rows[count:]
+    if rows or not texts:
+        yield LogUpdates(tuple(rows), merged.quiet)
+
+
+def _merge_rows(effects: Sequence[LogUpdates]) -> LogUpdates:
     if len(effects) == 1:
-        return effects
+        return effects[0]
     rows: dict[int, UpdateScalars] = {}
     united: dict[tuple[int, int], FrozenDict] = {}  # rows that had the same objects have the same one again
     quiet: frozenset[str] = frozenset()
@@ -276,7 +319,7 @@ def _merge_updates(effects: Sequence[LogUpdates]) -> Sequence[LogUpdates]:
             rows[update] = row._replace(values=values)
         keys = frozenset().union(*{id(row.values): row.values for row in effect.rows}.values())
         quiet = quiet - keys | effect.quiet & keys
-    return (LogUpdates(tuple(row for _, row in sorted(rows.items())), quiet),)
+    return LogUpdates(tuple(row for _, row in sorted(rows.items())), quiet)
 
 
 def _merge_scalars(effects: Sequence[LogScalars]) -> Sequence[LogScalars]:
@@ -309,7 +352,7 @@ def _merge_checkpoints(effects: Sequence[SaveCheckpoint]) -> Iterator[SaveCheckp
 
 _MERGES: Final[Mapping[type[Effect], Callable[[Any], Iterable[Effect]]]] = {
     ShowProgress: _choose_progress,
-    LogUpdates: _merge_updates,
+    UpdateLog: _merge_updates,
     LogScalars: _merge_scalars,
     SetSummary: _merge_summary,
     SaveTensors: _merge_tensors,

@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Final, ParamSpec, Protocol, final
 
 from noether.core.artifacts import ARTIFACTS
-from noether.core.effect import LogScalars, LogText, LogUpdates, SaveTensors, SetSummary, ShowProgress
+from noether.core.effect import LogScalars, LogText, LogUpdates, LogUpdateText, SaveTensors, SetSummary, ShowProgress
 from noether.core.file_names import escape_path
 from noether.core.text import count_of, escape_controls
 from noether.effects.artifacts.files import ArtifactFiles, artifact_handlers
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from noether.effects.run_access import RunAccess
 
 
-LOG_EFFECTS: Final = (LogScalars, LogUpdates, LogText, SetSummary, ShowProgress, SaveTensors, *ARTIFACTS)
+LOG_EFFECTS: Final = (LogScalars, LogUpdates, LogText, LogUpdateText, SetSummary, ShowProgress, SaveTensors, *ARTIFACTS)
 """Types of effects that write logs: an error in one of their handlers does not stop training."""
 
 _Arguments = ParamSpec("_Arguments")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, final
 from hypothesis import strategies as st
 
 from noether.core.callback import label_of, listens_to
-from noether.core.effect import LogUpdates
+from noether.core.effect import LogUpdates, LogUpdateText
 from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.reducer import compose
 from noether.core.stretch import Stretch
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
     from noether.core.callback import Callback, Effects
+    from noether.core.effect import Effect
     from noether.core.event import Event
     from noether.core.iteration import TrainingIteration
     from noether.core.reducer import Reducer
@@ -126,9 +127,15 @@ class _StretchedRun:
         """Keep what is logged of each update."""
         self.has_waited = self.has_waited or bool(updates)
         for effect in effects:
-            assert isinstance(effect, LogUpdates)  # noqa: S101  # for mypy: a reducer refuses others
+            assert isinstance(effect, (LogUpdates, LogUpdateText))  # noqa: S101  # for mypy: a reducer refuses others
+            if isinstance(effect, LogUpdateText):
+                self._log(effect.iteration, effect.text)
+                continue
             for row in effect.rows:
-                self._logged[row.iteration] = (*self._logged.get(row.iteration, ()), effect.scalars_of(row))
+                self._log(row.iteration, effect.scalars_of(row))
+
+    def _log(self, iteration: TrainingIteration, effect: Effect) -> None:
+        self._logged[iteration] = (*self._logged.get(iteration, ()), effect)
 
     def compared_to(self, expected: DrivenRun) -> DrivenRun:
         """Return the run with the expected states at updates of which the callbacks heard later."""

@@ -10,12 +10,15 @@ from noether import (
     AfterAccumulationStep,
     AfterUpdate,
     EMACallback,
+    EveryNSamples,
+    EveryNUpdates,
     GradNormCallback,
     LogText,
     LrCallback,
     NanGuardCallback,
     OnlineLossCallback,
     ProgressCallback,
+    TrainingIteration,
     TrainState,
     TrainTimeCallback,
     compose,
@@ -120,8 +123,6 @@ def update(number, *, time_s=0.0, **fields):
         on(AfterUpdate)(lambda state, event: (state, ())),
         on(AfterAccumulationStep)(lambda state, event: (state, ())),
         EMACallback(every_n_epochs=1, target_factors=(0.9,), save_latest_weights=True),
-        ProgressCallback(every_n_updates=1),
-        LrCallback(every_n_updates=1, at_end=True),
     ],
 )
 def test_a_callback_that_has_to_see_each_update_lets_none_wait(callback):
@@ -169,6 +170,24 @@ def test_a_subclass_that_defines_both_kinds_of_firings_may_hear_of_updates_later
     check_stretches(CountsFirings(every_n_updates=1), examples=10)
 
 
+class StartsLater(LrCallback):
+    @property
+    def schedule(self):
+        return EveryNUpdates(1).starting(TrainingIteration(update=3)) | EveryNSamples(20)
+
+
+def test_firings_that_come_later_keep_to_the_window_of_their_schedule():
+    check_stretches(StartsLater(every_n_updates=1), examples=20)
+
+
+def test_an_update_with_a_line_of_progress_waits_for_those_after_it():
+    stretch = make_stretch(ProgressCallback(every_n_updates=2))
+    held = [stretch.hold(*update(number, duration_s=0.1)) for number in range(1, 6)]
+    state = stretch.tell(update(5)[0])
+    assert held == [True] * 5
+    assert [(memory["lines"], memory["since_updates"]) for memory in state.callback_states.values()] == [(2, 1)]
+
+
 class Says(OnlineLossCallback):
     def track_after_update_step(self, state, event):
         state, effects = super().track_after_update_step(state, event)
@@ -193,15 +212,12 @@ def test_a_subclass_that_extends_the_hook_of_single_updates_tracks_them(kind):
 def test_an_update_without_samples_is_no_firing_for_an_interval_of_one_sample():
     reducer, state, rows = compose(LrCallback(every_n_samples=1)), TrainState(), []
     stretch = Stretch(reducer, Interpreter({LogUpdates: [lambda effect, *_: rows.extend(effect.rows)]}))
-    held = []
     for samples in (2, 2, 0, 0, 2):
         state, event = state.advance(samples=samples), AfterUpdate(samples=samples, lr={"default": 0.1})
-        held.append(stretch.hold(state, event))
-        if not held[-1]:
-            state, effects = reducer(stretch.tell(state), event)
-            assert len(effects) == 1
-        stretch.run_effects(state)
-    assert (held, rows) == ([False, False, True, True, False], [])
+        assert len(compose(LrCallback(every_n_samples=1))(state, event)[1]) == bool(samples)
+        assert stretch.hold(state, event)
+    stretch.run_effects(stretch.tell(state))
+    assert [row.iteration.update for row in rows] == [1, 2, 5]
 
 
 @pytest.mark.parametrize("hook", ["can_wait", "fire_updates"])

@@ -16,7 +16,9 @@ from noether.core.event import (
     Event,
     kind_of,
 )
+from noether.core.iteration import TrainingIteration
 from noether.core.schedules.gate import Gate, Interval
+from noether.core.schedules.pending import is_always_due
 from noether.core.schedules.schedule import INTERVALS
 from noether.core.stretch import CompletedUpdate
 
@@ -168,7 +170,8 @@ class PeriodicCallback(CallbackBase):
 
         A subclass may define it if a call for several updates returns what a call for each of them would, in order: if
         it reads of the state nothing but its own memory and metrics, and of the events neither outputs nor gradients.
-        For updates that waited, a reducer refuses any other change of the state, and effects other than `LogUpdates`.
+        For updates that waited, a reducer refuses any other change of the state, and all effects but `LogUpdates` and
+        `LogUpdateText`.
         The updates for which it needs more must not wait: see `can_wait`.
 
         Args:
@@ -202,15 +205,16 @@ class PeriodicCallback(CallbackBase):
         return True
 
     def fire_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
-        """Return the state and effects of firings at several updates in a row, for an interval of one update.
+        """Return the state and effects of firings at one or several updates; in place of `periodic_callback`.
 
         A subclass may define it beside `periodic_callback`, under the conditions of `track_updates`, if a firing
-        requests only `LogScalars`; one `LogUpdates` takes the place of those of all updates (see `log_updates`). A
-        reducer does not call it for a callback that also tracks updates, or that fires less often.
+        requests only `LogScalars` and `LogText`. One `LogUpdates` takes the place of the scalars of all updates (see
+        `log_updates`), and a `LogUpdateText` that of each text.
 
         Args:
             state: The state after the last of the updates, or a later one.
-            updates: The updates, in order.
+            updates: The updates at which it fires, in order; if the callback also tracks updates, one, and it has
+                tracked those up to it.
         """
         return state, ()
 
@@ -266,14 +270,55 @@ class PeriodicCallback(CallbackBase):
 
     @property
     def _fire_updates(self) -> CallForUpdates | None:
-        """What a reducer may call in place of firings: not if a subclass changed what a firing does."""
-        kind = type(self)
+        """What a reducer may call for several updates with firings: not if a subclass changed what a firing does."""
         definer = self._definer_of("fire_updates")
-        is_changed = any(
-            getattr(kind, hook) is not getattr(definer, hook)
-            for hook in ("periodic_callback", "after_update", "__call__")
+        is_changed = type(self).periodic_callback is not getattr(definer, "periodic_callback", None) or any(
+            self.overrides(hook, PeriodicCallback) for hook in ("after_update", "__call__")
         )
-        return None if definer is PeriodicCallback or self._tracks or is_changed else self.fire_updates
+        if definer is PeriodicCallback or is_changed or (self._tracks and not self._tracks_several):
+            return None
+        return self._track_and_fire
+
+    def _track_and_fire(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
+        """Call `track_updates`, and `fire_updates` for the updates at which the interval is due."""
+        due = range(len(updates)) if self._is_always_due else self._find_due(updates)
+        if not self._tracks:
+            return self.fire_updates(state, [updates[index] for index in due]) if due else (state, ())
+        effects: Effects = ()
+        begin = 0
+        for index in due:  # a firing sees what was tracked up to its update
+            end = index + 1
+            state, tracked = self._call_for_updates("track_updates", state, updates[begin:end])
+            state, fired = self._call_for_updates("fire_updates", state, updates[index:end])
+            effects, begin = effects + tracked + fired, end
+        if begin < len(updates):
+            state, tracked = self._call_for_updates("track_updates", state, updates[begin:])
+            effects += tracked
+        return state, effects
+
+    def _call_for_updates(
+        self, hook: str, state: TrainState, updates: Sequence[CompletedUpdate]
+    ) -> tuple[TrainState, Effects]:
+        result: tuple[TrainState, Effects] = getattr(self, hook)(state, updates)
+        check_result(self, result, hook)
+        return result
+
+    def _find_due(self, updates: Sequence[CompletedUpdate]) -> list[int]:
+        """Return the positions of those of several updates in a row at which the interval is due."""
+        schedule, due = self.gate.parts[AfterUpdate], list[int]()
+        (at, event), *_ = updates
+        previous = TrainingIteration(at.epoch, at.update - 1, at.sample - event.samples)
+        following = schedule.next_due(previous)
+        for index, (iteration, _) in enumerate(updates):
+            if following.reached(iteration):  # a schedule is not due before, which is found fast
+                following = schedule.next_due(iteration)
+                due += [index] if schedule.due(previous, iteration) else []
+            previous = iteration
+        return due
+
+    @cached_property
+    def _is_always_due(self) -> bool:
+        return is_always_due(self.gate.parts[AfterUpdate])
 
     @property
     def _tracker(self) -> Callback | None:

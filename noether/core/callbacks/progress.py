@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, final
 
 from noether.core.callbacks.interval import PeriodicCallback
-from noether.core.effect import LogText
+from noether.core.effect import LogText, LogUpdateText
 from noether.core.estimates import estimate_end, known_end
 from noether.core.iteration import COUNTERS
 from noether.core.tensors.tree import FrozenDict
@@ -31,7 +31,8 @@ class ProgressCallback(PeriodicCallback):
     (`last`); total time; remaining time and end in UTC. The estimate leaves out the first interval because its updates
     are slower. Times are sums of the durations in the events, so a resumed run continues with them. If the end of the
     run is unknown, the line has neither percentage nor expected end. If the length of its epochs is unknown, both are
-    estimates from the epochs and updates so far.
+    estimates from the epochs and updates so far. Where updates are short, the trainer writes a line up to a quarter of
+    a second later.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.
@@ -77,6 +78,19 @@ class ProgressCallback(PeriodicCallback):
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Write the line, and start a new interval."""
+        state, line = self._describe(state, event)
+        return state, (line,)
+
+    def fire_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
+        """Write the line of each of the updates."""
+        now, lines = state.iteration, list[LogUpdateText]()
+        for iteration, event in updates:
+            state, line = self._describe(state.replace(iteration=iteration), event)
+            lines.append(LogUpdateText(iteration, event, line))
+        return state.replace(iteration=now), tuple(lines)
+
+    def _describe(self, state: TrainState, event: Event) -> tuple[TrainState, LogText]:
+        """Return the state at the beginning of a new interval, and the line of the one that ends."""
         memory = self.memory(state)
         first = memory["lines"] == 0
         steady_s = memory["steady_s"] + (0.0 if first else memory["since_s"])
@@ -94,7 +108,7 @@ class ProgressCallback(PeriodicCallback):
             steady_updates=steady_updates,
             lines=memory["lines"] + 1,
         )
-        return state.remember(self.name, memory), (LogText(text, is_progress=True),)
+        return state.remember(self.name, memory), LogText(text, is_progress=True)
 
 
 def _format_share(state: TrainState, run: Run, end: int | None) -> str:

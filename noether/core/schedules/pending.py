@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from noether.core.schedules.window import START, earliest_thresholds
+from noether.core.schedules.window import ALWAYS, START, earliest_thresholds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,21 +37,10 @@ class PendingSchedules:
         # Threads replace the cache as a whole and never change it, so each reads one that is consistent.
         self._cache = _find_thresholds(schedules, START)
 
-    def may_be_due(self, previous: TrainingIteration, iteration: TrainingIteration) -> bool:
-        """Return False only if no schedule is due at the update from `previous` to `iteration`; `due` says which are.
-
-        Example:
-            >>> from noether import EveryNUpdates, TrainingIteration
-            >>> pending = PendingSchedules([EveryNUpdates(2)])
-            >>> at = TrainingIteration
-            >>> [pending.may_be_due(at(update=u - 1), at(update=u)) for u in (1, 2)]
-            [False, True]
-        """
-        since, first, _ = self._cache
-        return not previous.reached(since) or first.reached(iteration)
-
     def due(self, previous: TrainingIteration, iteration: TrainingIteration) -> tuple[int, ...]:
         """Return the positions of the schedules that are due at the update from `previous` to `iteration`."""
+        if not self._schedules:
+            return ()
         since, first, following = self._cache
         if not previous.reached(since):
             since, first, following = self._cache = _find_thresholds(self._schedules, previous)
@@ -71,3 +60,15 @@ def _find_thresholds(
     """Return `since`, the first threshold of all schedules after it, and the next one of each."""
     following = tuple(schedule.next_due(since) for schedule in schedules)
     return since, earliest_thresholds(following), following
+
+
+def is_always_due(schedule: Schedule) -> bool:
+    """Return whether a schedule is due at every update.
+
+    Example:
+        >>> from noether import EveryNSamples, EveryNUpdates
+        >>> is_always_due(EveryNUpdates(1) | EveryNSamples(100)), is_always_due(EveryNUpdates(2))
+        (True, False)
+    """
+    # Not at every sample: an update may have none.
+    return any(each.counter == "update" and each.interval == 1 and each.window == ALWAYS for each in schedule.members)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def event_name(event: Event) -> str:
     """Return the name of an event in logs, such as `after_update`."""
-    return _name_of(type(event))
+    return _name_of(type(event))  # type: ignore[arg-type]  # mypy asks for the hash of an instance
 
 
 @functools.cache
@@ -89,7 +89,7 @@ class _Encoder:
             values = to_plain(values)
         elif type(values) is not FrozenDict:
             values = dict(values)
-        return values, iteration, _name_of(type(event)), event.time_s
+        return values, iteration, event_name(event), event.time_s
 
     def encode(self, line: Line | dict[str, Any]) -> str:
         """Return the JSON of a line."""

@@ -17,7 +17,7 @@ from log_files import BEGIN_S, at, read, update_at
 from rich.console import Console as RichConsole
 
 from noether import AfterUpdate, LogScalars, LogText, MeasurePeakMemory, Run, open_run
-from noether.core.effect import LogUpdates, UpdateScalars
+from noether.core.effect import LogUpdates, LogUpdateText, UpdateScalars
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.console.console import Console
 from noether.effects.disk.calls import Disk
@@ -92,6 +92,9 @@ class Recorder:
     def __init__(self):
         self.logged = []
 
+    def log_text(self, effect, state, event):
+        self.logged.append((effect, state.iteration, event))
+
     def log_scalars(self, effect, state, event):
         self.logged.append((effect.values, effect.quiet, state.iteration, event))
 
@@ -109,15 +112,32 @@ def run_effects(path, calls):
 
 
 @settings(UNTIMED, max_examples=30)
-@given(updates(), st.integers(1, 12), st.frozensets(st.sampled_from(["loss", "optim/lr"])))
-def test_every_log_of_a_run_gets_several_updates_as_single_ones(tmp_path_factory, rows, size, quiet):
+@given(updates(), st.integers(1, 12), st.frozensets(st.sampled_from(["loss", "optim/lr"])), st.sets(st.integers(1, 12)))
+def test_every_log_of_a_run_gets_several_updates_as_single_ones(tmp_path_factory, rows, size, quiet, lines):
     rows = [row._replace(values=FrozenDict(to_plain(row.values))) for row in rows]  # comparable, without tensors
     folder = tmp_path_factory.mktemp("runs")
+    text = LogText("half", is_progress=True)
+
+    def texts_of(row):
+        return [LogUpdateText(row.iteration, row.event, text)] if row.iteration.update in lines else []
+
     single = [
-        ((LogScalars(row.values, quiet & row.values.keys()),), at(row.iteration.update), row.event) for row in rows
+        (
+            (*(each.text for each in texts_of(row)), LogScalars(row.values, quiet & row.values.keys())),
+            at(row.iteration.update),
+            row.event,
+        )
+        for row in rows
     ]
     parts = [tuple(rows[begin : begin + size]) for begin in range(0, len(rows), size)]
-    together = [((LogUpdates(part, quiet),), at(part[-1].iteration.update), part[-1].event) for part in parts]
+    together = [
+        (
+            (LogUpdates(part, quiet), *(text for row in part for text in texts_of(row))),
+            at(part[-1].iteration.update),
+            part[-1].event,
+        )
+        for part in parts
+    ]
     assert run_effects(folder / "together", together) == run_effects(folder / "single", single)
 
 
@@ -268,7 +288,7 @@ def test_with_a_handler_added_for_single_scalars_several_updates_are_not_handled
     with open_run(tmp_path) as directory:
         interpreter = directory.interpreter.with_handlers(LogScalars, lambda *_: None)
         assert directory.interpreter.handles(LogUpdates)
-        assert directory.interpreter.with_handlers(LogText, lambda *_: None).handles(LogUpdates)
+        assert not directory.interpreter.with_handlers(LogText, lambda *_: None).handles(LogUpdates)
         assert not interpreter.handles(LogUpdates)
         assert not interpreter.with_handlers(MeasurePeakMemory, lambda *_: None).handles(LogUpdates)
         assert interpreter.interpret_stretch is None
@@ -288,6 +308,15 @@ def test_other_ranks_drop_rows_and_have_the_same_handlers(tmp_path):
         interpreter.with_handlers(LogUpdates, marked)([LogUpdates(tuple(rows_of({"x": 1})))], at(1), event)
     assert len(calls) == 1
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("mark", [on_all_ranks, lambda handler: handler])
+def test_other_ranks_call_marked_handlers_for_the_texts_of_updates(mark):
+    calls, (row,) = [], rows_of({"x": 1})
+    record = mark(lambda effect, state, event: calls.append((effect, state.iteration, event)))
+    text = LogUpdateText(row.iteration, row.event, LogText("half"))
+    Interpreter({LogText: [record]})([text], at(3), AfterUpdate(samples=4, run=Run(rank=1, world_size=2)))
+    assert calls == ([(text.text, row.iteration, row.event)] if mark is on_all_ranks else [])
 
 
 def test_a_service_that_fails_at_one_update_gets_the_others(tmp_path, caplog):
