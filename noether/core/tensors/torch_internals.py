@@ -354,7 +354,8 @@ class CompiledGraph:
         if reason is not None:
             raise RefusedGraphError(_REFUSED + reason)
         compiler = torch._dynamo.backends.registry.lookup_backend(self._backend)  # noqa: SLF001  # the compilers by name
-        # The guards hold, and only a compiler that is wrong would fail its checks of sizes, one for each tensor.
+        # The guards have checked all tensors that the graph gets; its own checks, at each call, would find nothing else
+        # than faults of the compiler.
         with torch._inductor.config.patch(size_asserts=False, alignment_asserts=False):  # noqa: SLF001  # the module of its settings
             run = compiler(graph, inputs)
         # Torch wraps what this returns, so that nothing compiles the code that calls a graph; once is enough.
