@@ -1,8 +1,9 @@
 """Laws of the timeline: each firing is in one column, and labels are at their updates."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from noether import Run, TrainingIteration
 from noether.cli.plan.timeline import UNICODE_MARKS, counts, edges, row, scale, ticks
 from noether.core.event import AfterTraining, AtEval, BeforeTraining
 from noether.core.schedules.forecast import Occasions, firings
@@ -26,6 +27,7 @@ def test_every_firing_is_in_one_column(schedule, kinds, run, width):
 
 
 @given(run_lengths(max_epochs=40), st.integers(20, 90))
+@example(Run(end=TrainingIteration(epoch=18), updates_per_epoch=1, samples_per_epoch=1, effective_batch_size=1), 90)
 def test_labels_are_at_the_columns_of_their_updates(run, width):
     places, lines = edges(run, width), scale(run, width)
     labels = {tick.update: f"U{tick.update}" for tick in ticks(run, width)}
@@ -33,6 +35,6 @@ def test_labels_are_at_the_columns_of_their_updates(run, width):
         column = next((i for i in range(len(places) - 1) if places[i] < update <= places[i + 1]), 0)
         place = max(0, min(column, len(places) - 1 - len(label)))  # the line has no more columns
         if lines[-1].find(label, place) != place:  # only if an earlier label would touch it
-            assert lines[-1][max(0, place - 1)].strip()
+            assert lines[-1][max(0, place - 1) : place + len(label)].strip()
     assert len(lines[-1]) <= max(len(places) - 1, len("U0"))
     assert lines[-1].startswith("U0")
