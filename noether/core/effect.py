@@ -68,7 +68,7 @@ class UpdateScalars(NamedTuple):
 
 @dataclass(frozen=True)
 class UpdateLog(Effect):
-    """The base of what is logged of updates that waited: the only effects that may be requested later than they."""
+    """Base class of the effects that log updates that waited; a callback may request no others for such updates."""
 
 
 @dataclass(frozen=True)
