@@ -365,10 +365,10 @@ class SessionEvents(SessionState):
             with show_progress_on(self._record):
                 after = dispatch(before, event, self._reducer, interpreter)
             model_status, self._model_status = self._model_status, "partly written"
-            self._live.write_changes(before, after)
+            after = self._live.write_changes(before, after)
         except Exception as error:
             self.record_failure(error)
             raise
-        self._state, self._current_dispatch = self._live.view(after), None
+        self._state, self._current_dispatch = after, None
         self._model_status = model_status if event_type is AfterAccumulationStep else "settled"
         self.stopwatch.wait_begins()  # the time of the callbacks was no wait for data

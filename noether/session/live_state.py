@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, final
 from noether.core.tensors.live.buffers import split_buffers
 from noether.core.tensors.live.extra_state import check_extra_state, modules_with_extra_state, read_extra_state
 from noether.core.tensors.live.loading import find_problems, write_model, write_non_persistent
-from noether.core.tensors.live.views import PARTS, ModuleView, views_of
+from noether.core.tensors.live.views import PARTS, VIEWS, ModuleView, views_of
 from noether.core.tensors.live.weights import raise_mismatch
 from noether.core.tensors.module import named_buffers, non_persistent_names
 from noether.core.tensors.tree import FrozenDict, clone_tensors
@@ -92,14 +92,20 @@ class LiveState:
         if type(vars(saved)["non_persistent"]) is not ModuleView:
             write_non_persistent(self.model, saved)
 
-    def write_changes(self, before: TrainState, after: TrainState) -> None:
-        """Write into model and optimizer what callbacks changed between a state that viewed them and `after`."""
+    def write_changes(self, before: TrainState, after: TrainState) -> TrainState:
+        """Write into model and optimizer what callbacks changed between a state that viewed them and `after`.
+
+        Returns:
+            `after` with views of what was written.
+        """
         old, new = vars(before), vars(after)  # the views, not what they read
-        if any(new[part] is not old[part] for part in PARTS):
+        changed = [field for field in VIEWS if new[field] is not old[field]]
+        if any(part in changed for part in PARTS):
             write_model(self.model, after)
-        if new["opt_state"] is not old["opt_state"] and self.optimizer is not None:
+        if "opt_state" in changed and self.optimizer is not None:
             self.optimizer.load(after.opt_state)
         self.apply_lr_scale(after)
+        return self.view(after) if changed else after
 
     def apply_lr_scale(self, state: TrainState) -> None:
         """Have the optimizer multiply the learning rate of every later step by the scale in `state`."""

@@ -23,7 +23,7 @@ from noether.session.loader import (
     warn_about_changes,
     warn_if_unrepeatable,
 )
-from noether.session.randomness import derive, seed_all
+from noether.session.randomness import derive, derive_in_order, seed_all
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -217,7 +217,8 @@ class BatchLoop:
                         return
                 continue
             self._batch, self._is_reported = batch, False
-            seed_all(derive(self._seed, "step", epoch, self._drawn, *self._rank), self._generators)
+            seed = derive_in_order(self._seed, "step", self._drawn, before=(epoch,), after=self._rank)
+            seed_all(seed, self._generators)
             session.batch_arrived()
             yield batch
             self._check_complete()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Losses = Mapping[str, Tensor | float]
+_NO_WEIGHTS: Final[Mapping[str, float]] = FrozenDict()
 ReportedLosses = Tensor | float | Mean | Mapping[str, Tensor | float | Mean]
 """One loss, or several by name."""
 EMPTY_UPDATE: Final = (
@@ -67,6 +68,8 @@ def named_losses(losses: ReportedLosses) -> Losses:
             f"'total' is reported beside {others}, whose sum the session adds as 'total': leave 'total' out in "
             "session.update(losses) and session.micro_batch(losses)"
         )
+    if Mean not in map(type, losses.values()):  # the common case
+        return with_total({name: _detach(name, loss) for name, loss in losses.items()}, _NO_WEIGHTS)
     separated = separate_weights(losses)
     return with_total({name: _detach(name, loss) for name, loss in separated.items()}, separated.weights)
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from noether.session.randomness import derive, seed_all, seed_torch, update_seed
+from noether.session.randomness import derive, derive_in_order, seed_all, seed_torch, update_seed
 
 SEEDS = st.integers(-(2**63), 2**63 - 1)
 USES = st.tuples(SEEDS, st.sampled_from(["update", "order", "sample", "params"]), st.lists(st.integers(0, 2**40)))
@@ -42,6 +42,17 @@ def test_seeds_stay_what_they_are():
 @given(st.lists(st.tuples(SEEDS, st.integers(0, 200) | st.integers(0, 2**40), st.integers(0, 8)), min_size=1))
 def test_seeds_of_updates_are_derived_seeds_whatever_was_asked_before(uses):
     assert [update_seed(*use) for use in uses] == [derive(seed, "update", *counts) for seed, *counts in uses]
+
+
+PLACES = st.tuples(st.integers(0, 5), st.integers(0, 200) | st.integers(0, 2**40), st.integers(0, 3))
+
+
+@given(SEEDS, st.lists(PLACES, min_size=1))
+def test_seeds_derived_in_order_are_those_derived_alone(seed, places):
+    for epoch, batch, rank in places:
+        assert derive_in_order(seed, "step", batch, before=(epoch,)) == derive(seed, "step", epoch, batch)
+        several = derive_in_order(seed, "step", batch, before=(epoch,), after=(rank,))
+        assert several == derive(seed, "step", epoch, batch, rank)
 
 
 @given(st.integers(0, 2**63 - 1))
