@@ -16,7 +16,7 @@ from noether.core.state import TrainState
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from noether.core.callback import Callback
+    from noether.core.callback import Callback, Effects
 
 
 def check_callback(callback: Any, caller: str) -> None:
@@ -171,8 +171,8 @@ def check_effects(callback: Callback, effects: Any, hook: str = "") -> None:
         raise CallbackError(f"{_name(callback, hook)} returned {found} as effects, not a tuple: {fix}")
 
 
-def check_result(callback: Callback, result: Any, hook: str = "") -> None:
-    """Refuse what a callback returned, unless it is a state and a tuple of effects.
+def check_result(callback: Callback, result: Any, hook: str = "") -> tuple[TrainState, Effects]:
+    """Return what a callback returned, if it is a state and a tuple of effects.
 
     Args:
         callback: The callback.
@@ -195,7 +195,9 @@ def check_result(callback: Callback, result: Any, hook: str = "") -> None:
             f"{_name(callback, hook)} returned {_describe(result)}, not (state, effects): "
             "write `return state, ()` where it does nothing"
         )
-    check_effects(callback, result[1], hook)
+    state, effects = result
+    check_effects(callback, effects, hook)
+    return state, effects
 
 
 def _describe_no_effect(value: Any) -> str:

@@ -68,7 +68,7 @@ class UpdateScalars(NamedTuple):
 
 @dataclass(frozen=True)
 class UpdateLog(Effect):
-    """Base class of the effects that log updates that waited; a callback may request no others for such updates."""
+    """Base class of the effects that log deferred updates; a callback may request no others for such updates."""
 
 
 @dataclass(frozen=True)

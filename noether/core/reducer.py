@@ -140,32 +140,32 @@ class Reducer:
         return state, state.copy_aliases(effects) if effects and self._outermost else effects
 
     @property
-    def lets_updates_wait(self) -> bool:
-        """Whether there may be updates for which `can_wait` returns True."""
-        return self._calls_at_update.for_updates is not None
+    def defers_updates(self) -> bool:
+        """Whether `can_defer` returns True for some updates; False if a member has to be called at each."""
+        return self._calls_at_update.deferred is not None
 
-    def can_wait(self, state: TrainState, event: AfterUpdate) -> bool:
-        """Return whether `after_updates` can tell the members of an update later, with those after it.
+    def can_defer(self, state: TrainState, event: AfterUpdate) -> bool:
+        """Return whether the members can be called later for an update, by `after_updates`.
 
         Args:
-            state: The state after the update, in which the members do not know of other updates that wait.
+            state: The state after the update, in which the members' memory lacks the updates deferred before.
             event: The event of the update.
 
         Example:
             >>> from noether import TrainState, every_n_updates
             >>> reducer = compose(every_n_updates(2)(lambda state, event: (state, ())))
             >>> state, event = TrainState().advance(samples=4), AfterUpdate(samples=4)
-            >>> [reducer.can_wait(each, event) for each in (state, state.advance(samples=4))]
+            >>> [reducer.can_defer(each, event) for each in (state, state.advance(samples=4))]
             [True, False]
         """
-        return self._calls_at_update.can_wait(state, event)
+        return self._calls_at_update.can_defer(state, event)
 
     def after_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
-        """Return the state and the effects after several updates, in one call of each member.
+        """Return the state and the effects after several deferred updates, with one call of each member.
 
         Args:
             state: The state after the last of the updates, or a later one that no member has seen.
-            updates: Updates in a row, for each of which `can_wait` returned True.
+            updates: Consecutive updates, for each of which `can_defer` returned True.
 
         Raises:
             CallbackError: If a member changes what the next update reads, or requests other effects than `LogUpdates`
@@ -188,13 +188,12 @@ class Reducer:
         event = updates[-1].event
         member: Callback = identity
         try:
-            for member, call in self._calls_at_update.for_updates or ():
-                result = call(state, updates)
-                check_result(member, result)
-                _check_late_result(member, state, *result)
-                state = result[0]
-                effects += result[1]
-                requests += [(member, result[1])] if result[1] else []
+            for member, call in self._calls_at_update.deferred or ():
+                after, requested = check_result(member, call(state, updates))
+                _check_deferred_result(member, state, after, requested)
+                state = after
+                effects += requested
+                requests += [(member, requested)] if requested else []
             if len(requests) > 1:
                 check_overwrites(requests, event)
         except BaseException as error:
@@ -361,7 +360,7 @@ def _note_place(error: BaseException, member: Callback, effects: Effects, state:
 
 
 _FIELDS_OF_CALLBACKS: Final = frozenset({"callback_states", "metrics"})
-"""Fields of a state that a callback may change for updates that waited: no update reads what a callback keeps there."""
+"""Fields of a state that a callback may change for deferred updates, because no update reads them."""
 _OTHER_FIELDS: Final = tuple(
     each.name for each in dataclasses.fields(TrainState) if each.name not in _FIELDS_OF_CALLBACKS
 )
@@ -388,15 +387,15 @@ def _check_change(member: Callback, before: TrainState, result: tuple[TrainState
         )
 
 
-def _check_late_result(member: Callback, before: TrainState, after: TrainState, effects: Effects) -> None:
-    """Refuse what comes too late, because a callback heard of updates that waited."""
+def _check_deferred_result(member: Callback, before: TrainState, after: TrainState, effects: Effects) -> None:
+    """Raise if a call for deferred updates changed or requested what comes too late after them."""
     old, new = vars(before), vars(after)
     is_unchanged = all(map(is_, _read_other_fields(new), _read_other_fields(old)))
     late = [] if is_unchanged else [f"changed state.{name}" for name in _OTHER_FIELDS if new[name] is not old[name]]
     late += [f"requested {effect!r}" for effect in effects if not isinstance(effect, UpdateLog)]
     if late:
         raise CallbackError(
-            f"{label_of(member)} {late[0]} for updates that waited, which comes too late: let can_wait return False "
+            f"{label_of(member)} {late[0]} for deferred updates, which comes too late: let can_defer return False "
             "for such an update, or define track_after_update_step in place of track_updates"
         )
 

@@ -1,12 +1,12 @@
-"""Stretches: updates in a row at which no callback has to act, and of which callbacks hear together.
+"""Stretches: consecutive updates for which a loop defers the callbacks, to call each callback once for all of them.
 
-A reducer knows from the schedules of its callbacks whether one of them is due at an update. Of most updates, callbacks
-only keep something, such as a sum of losses, and they can do that later for several at once (`track_updates` of
-`PeriodicCallback`), as long as nothing reads their memory before. So a loop may hold the events of such updates: these
-updates wait. It tells the callbacks of them before anything else happens: a callback is due, the epoch ends, the run is
+A reducer knows from the schedules of its callbacks whether one of them is due at an update. At most updates, callbacks
+only accumulate something, such as a sum of losses. They can do that later for several updates at once (`track_updates`
+of `PeriodicCallback`), as long as nothing reads their memory before. So a loop may defer such updates. It calls the
+callbacks for the deferred updates before anything else happens: a callback is due, the epoch ends, the run is
 interrupted.
 
-A stretch has 100 updates at most and lasts a quarter of a second at most, so a loop with longer updates dispatches the
+A stretch has at most 100 updates and lasts at most a quarter of a second, so a loop with longer updates dispatches the
 event of each.
 """
 
@@ -33,11 +33,11 @@ _MAX_UPDATES: Final = 100  # bounds the memory that the events take
 
 
 class CompletedUpdate(NamedTuple):
-    """An update of which a callback hears: alone, or with the others of a stretch.
+    """A completed update, as callbacks get it: alone, or with the others of a stretch.
 
     Args:
-        iteration: The iteration after it.
-        event: Its event; that of an update that waited has no outputs and gradients.
+        iteration: The iteration after the update.
+        event: Its event, which has no outputs and gradients if the update was deferred.
     """
 
     iteration: TrainingIteration
@@ -46,16 +46,16 @@ class CompletedUpdate(NamedTuple):
 
 @final
 class Stretch:
-    """Holds the events of updates at which no callback has to act, and tells the callbacks of them together.
+    """Defers updates, and calls each callback once for all of them.
 
-    The state after them, and what is logged of each, are those of a dispatch at each update; `LogUpdates` takes the
-    place of `LogScalars`.
+    The state after them, and what is logged for each, are the same as with a dispatch at each update; `LogUpdates`
+    takes the place of `LogScalars`.
 
     Args:
-        reducer: The callbacks; no update waits unless this is a `Reducer`, which knows when they are due.
-        interpreter: Runs their effects; no update waits unless `find_interpret_stretch` finds how.
-        max_s: Seconds that a stretch lasts at most, by the times of events.
-        max_updates: Updates of a stretch at most.
+        reducer: The callbacks; no update is deferred unless this is a `Reducer`, which knows when they are due.
+        interpreter: Runs their effects; no update is deferred unless it has an `interpret_stretch`.
+        max_s: Longest duration of a stretch in seconds, by the times of events.
+        max_updates: Largest number of updates of a stretch.
 
     Example:
         >>> from noether import BeforeTraining, OnlineLossCallback, TrainState, compose
@@ -64,9 +64,9 @@ class Stretch:
         >>> reducer = compose(OnlineLossCallback(every_n_updates=3))
         >>> state = reducer(TrainState(), BeforeTraining())[0].advance(samples=4)
         >>> stretch = Stretch(reducer, Interpreter({LogUpdates: []}))
-        >>> stretch.hold(state, AfterUpdate(samples=4, losses={"total": 0.5}))
+        >>> stretch.defer(state, AfterUpdate(samples=4, losses={"total": 0.5}))
         True
-        >>> state = stretch.tell(state)
+        >>> state = stretch.call_callbacks(state)
         >>> state.memory("OnlineLossCallback/U3")["sums"]["total"]
         tensor(2., dtype=torch.float64)
     """
@@ -80,38 +80,39 @@ class Stretch:
         max_updates: int = _MAX_UPDATES,
     ) -> None:
         self._interpret = find_interpret_stretch(interpreter)
-        # A callback at an accumulation step of the next update would see a state that lacks the updates that wait.
-        can_wait = self._interpret is not None and not listens_to(reducer, AfterAccumulationStep)
-        self._reducer = reducer if can_wait and isinstance(reducer, Reducer) and reducer.lets_updates_wait else None
+        # A callback at an accumulation step of the next update would see a state that lacks the deferred updates.
+        can_defer = self._interpret is not None and not listens_to(reducer, AfterAccumulationStep)
+        self._reducer = reducer if can_defer and isinstance(reducer, Reducer) and reducer.defers_updates else None
         self._max_s, self._max_updates = max_s, max_updates
         self._updates: list[CompletedUpdate] = []
         self._requests: list[tuple[Effects, Sequence[CompletedUpdate]]] = []
 
-    def hold(self, state: TrainState, event: AfterUpdate) -> bool:
-        """Hold the event of an update if no callback has to act at it; return whether it is held.
+    def defer(self, state: TrainState, event: AfterUpdate) -> bool:
+        """Defer an update if no callback has to be called now; return whether it is deferred.
 
         Args:
             state: The state after the update.
-            event: Its event, which nothing else has seen yet. If it is held, it loses its outputs and gradients.
+            event: Its event, which nothing else has seen yet. If the update is deferred, the event loses its outputs
+                and gradients.
         """
         if self._reducer is None or type(event) is not AfterUpdate:
             return False
-        if self._is_long(event) or not self._reducer.can_wait(state, event):
+        if self._is_long(event) or not self._reducer.can_defer(state, event):
             return False
-        # Outputs may be large, and no callback that reads them can wait.
+        # They may be large, and no callback that reads them can be deferred.
         vars(event).update(outputs=None, gradients=None)
         self._updates.append(CompletedUpdate(state.iteration, event))
         return True
 
-    def tell(self, state: TrainState) -> TrainState:
-        """Tell the callbacks of all updates that are held, and return the new state; then call `run_effects`.
+    def call_callbacks(self, state: TrainState) -> TrainState:
+        """Call the callbacks for all deferred updates, and return the new state; `run_effects` has to follow.
 
         Args:
             state: The state after the last of these updates, or a later one that no callback has seen.
 
         Raises:
-            Exception: The error of a callback, or `CallbackError` as in `Reducer.after_updates`; then the updates are
-                still held.
+            Exception: The error of a callback, or `CallbackError` as in `Reducer.after_updates`; the updates then stay
+                deferred.
         """
         if self._reducer is None or not self._updates:
             return state
@@ -122,10 +123,10 @@ class Stretch:
         return state
 
     def run_effects(self, state: TrainState) -> None:
-        """Run the effects that callbacks requested in `tell`.
+        """Run the effects that callbacks requested in `call_callbacks`.
 
         Args:
-            state: The state that `tell` returned, or the one that the loop made of it at the end of an epoch.
+            state: The state that `call_callbacks` returned, or the one after the end of the epoch.
 
         Raises:
             Exception: The error of the interpreter; these effects are not run again.
@@ -143,9 +144,9 @@ class Stretch:
 
 
 def find_interpret_stretch(interpreter: Callable[[Effects, TrainState, Event], None]) -> InterpretStretch | None:
-    """Return what runs the effects of several updates for an interpreter: its attribute `interpret_stretch`.
+    """Return the `interpret_stretch` of an interpreter, which runs the effects of several updates.
 
-    It is None for an interpreter that takes the effects of single events only, such as a plain function.
+    It is None for an interpreter that runs the effects of single events only, such as a plain function.
 
     Example:
         >>> find_interpret_stretch(lambda effects, state, event: None) is None

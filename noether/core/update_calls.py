@@ -1,15 +1,15 @@
-"""The calls of a reducer at an update, and at several updates at once."""
+"""The calls of a reducer at one update, and for several deferred updates."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 from noether.core.callback import attribute_of, callable_while_closed
 from noether.core.event import AfterUpdate
 from noether.core.schedules.pending import PendingSchedules, is_always_due
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
 
     from noether.core.callback import Callback, Effects
     from noether.core.event import Event
@@ -23,57 +23,71 @@ if TYPE_CHECKING:
     """A method such as `track_updates`, which a reducer may call once for several updates."""
 
 
+class _Member(NamedTuple):
+    """A member of a reducer, and when to call it at updates.
+
+    Args:
+        callback: The member.
+        while_closed: The callable to call at updates at which the member is not due; None for no call.
+        schedule: When the member is due; None if `while_closed` is called at each update.
+    """
+
+    callback: Callback
+    while_closed: Callback | None
+    schedule: Schedule | None
+
+
 @final
 class CallsAtUpdates:
-    """Selects what to call at an update: of most members, nothing while their gate is closed."""
+    """Selects the calls at an update: a member whose gate is closed is not called, or only to track the update.
+
+    Attributes:
+        deferred: Each member with its call for several deferred updates; None if no update can be deferred, because a
+            member has to be called at each.
+    """
 
     def __init__(self, members: Iterable[Callback], event_type: type[Event]) -> None:
-        # In order: a member, the callable to call while it is not due, and its index in `_pending`.
-        self._members: list[tuple[Callback, Callback | None, int | None]] = []
-        pending: list[Schedule] = []
-        acting: list[Schedule] = []  # of members that have to be called at the update at which they are due
-        for member in members:
-            closed, schedule = callable_while_closed(member, event_type), _schedule_at_updates(member)
-            if schedule is None or closed is member or is_always_due(schedule):
-                self._members.append((member, closed if schedule is None else member, None))
-            else:
-                self._members.append((member, closed, len(pending)))
-                pending.append(schedule)
-                acting += [] if _may_fire_later(member) else [schedule]
-        self._pending, self._acting = PendingSchedules(pending), PendingSchedules(acting)
-        self._while_closed = self._calls(())  # the calls of most updates, at which no gate opens
-        self.for_updates = self._find_calls_for_updates()
-        """What to call once for several updates, none of which has to be told at once; None if a member needs each."""
-        conditions = (getattr(member, "_can_wait", None) for member, _ in self.for_updates or ())
+        self._members = tuple(_find_schedule(member, event_type) for member in members)
+        schedules = {
+            index: member.schedule for index, member in enumerate(self._members) if member.schedule is not None
+        }
+        at_once = [
+            schedule for index, schedule in schedules.items() if not _can_fire_later(self._members[index].callback)
+        ]
+        self._indexes = tuple(schedules)
+        self._pending = PendingSchedules(tuple(schedules.values()))
+        self._pending_at_once = PendingSchedules(at_once)  # of the members whose firings cannot be deferred
+        self._calls_while_closed = self._calls(())  # the calls of most updates, at which no gate opens
+        self.deferred = self._find_deferred_calls()
+        conditions = (getattr(member, "_can_defer", None) for member, _ in self.deferred or ())
         self._conditions = tuple(condition for condition in conditions if condition is not None)
 
-    def can_wait(self, state: TrainState, event: AfterUpdate) -> bool:
-        """Return whether the calls in `for_updates` can come later for the update of `state`."""
-        if self.for_updates is None or self._acting.due(state.previous, state.iteration):
+    def can_defer(self, state: TrainState, event: AfterUpdate) -> bool:
+        """Return whether all members can be called later for the update of `state`."""
+        if self.deferred is None or self._pending_at_once.due(state.previous, state.iteration):
             return False
         return not self._conditions or all(condition(state, event) for condition in self._conditions)
 
     def select(self, state: TrainState) -> tuple[Call, ...]:
         """Return the calls at the update of `state`."""
         due = self._pending.due(state.previous, state.iteration)
-        return self._calls(due) if due else self._while_closed
+        return self._calls([self._indexes[each] for each in due]) if due else self._calls_while_closed
 
-    def _calls(self, due: Iterable[int]) -> tuple[Call, ...]:
-        due = frozenset(due)
+    def _calls(self, due: Collection[int]) -> tuple[Call, ...]:
+        """Return the calls at an update at which the members with these indexes are due."""
         return tuple(
             [
                 (member, call)
-                for member, closed, index in self._members
-                if (call := member if index in due else closed) is not None
+                for index, (member, while_closed, _) in enumerate(self._members)
+                if (call := member if index in due else while_closed) is not None
             ]
         )
 
-    def _find_calls_for_updates(self) -> tuple[tuple[Callback, CallForUpdates], ...] | None:
-        """Return what to call once for several updates, none of which needs an answer; None if a member has nothing."""
+    def _find_deferred_calls(self) -> tuple[tuple[Callback, CallForUpdates], ...] | None:
         found: list[tuple[Callback, CallForUpdates]] = []
-        for member, closed, index in self._members:
-            fires = closed is member or (index is not None and _may_fire_later(member))
-            if closed is not None or fires:
+        for member, while_closed, schedule in self._members:
+            fires = while_closed is member or (schedule is not None and _can_fire_later(member))
+            if while_closed is not None or fires:
                 call = getattr(member, "_fire_updates" if fires else "_track_updates", None)
                 if call is None:
                     return None
@@ -81,11 +95,14 @@ class CallsAtUpdates:
         return tuple(found)
 
 
-def _may_fire_later(member: Callback) -> bool:
-    return getattr(member, "_fire_updates", None) is not None
-
-
-def _schedule_at_updates(member: Callback) -> Schedule | None:
-    """Return the part of a member's schedule that its gate reads at updates."""
+def _find_schedule(member: Callback, event_type: type[Event]) -> _Member:
+    while_closed = callable_while_closed(member, event_type)
     gate: Gate | None = attribute_of(member, "gate")
-    return None if gate is None else gate.parts.get(AfterUpdate)
+    schedule = None if gate is None else gate.parts.get(AfterUpdate)
+    if schedule is not None and (while_closed is member or is_always_due(schedule)):
+        return _Member(member, member, None)
+    return _Member(member, while_closed, schedule)
+
+
+def _can_fire_later(member: Callback) -> bool:
+    return getattr(member, "_fire_updates", None) is not None

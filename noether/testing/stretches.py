@@ -1,4 +1,4 @@
-"""The law that callbacks which hear of several updates at once do what they would do at each."""
+"""The law that a callback which is called once for several deferred updates does what it would do at each."""
 
 from __future__ import annotations
 
@@ -40,22 +40,21 @@ if TYPE_CHECKING:
 
 _EXAMPLES: Final = 100
 _MORE_EXAMPLES: Final = 50
-"""Runs to try if the callbacks can hear of updates later, and did not in the first ones."""
+"""Further runs to try if updates can be deferred, and none was in the first runs."""
 _LONGEST: Final = 8
 _VIOLATION: Final = (
-    "does something else when a loop tells it of several updates at once; track_updates may read of the state only its "
-    "own memory and metrics, and has to take the updates in order: it differs from a run that tells of each update"
+    "does something else when a loop calls it once for several updates; track_updates may read of the state only its "
+    "own memory and metrics, and has to take the updates in order: it differs from a run that calls it at each update"
 )
 
 
 def check_stretches(
     callback: Callback, *, traces: Traces = None, examples: int = _EXAMPLES, **model: Unpack[ModelArguments]
 ) -> None:
-    """Raise unless a run in which a loop tells of several updates at once equals one in which it tells of each.
+    """Raise unless a run that calls callbacks once for several updates equals one that calls them at each.
 
-    States and effects are compared at every event that is dispatched by itself, and of the others the scalars that are
-    logged. The trainer tells of updates at which no callback is due, and of which all callbacks can hear later: see
-    `PeriodicCallback.track_updates`.
+    At every event that is not deferred, states and effects are compared; at deferred updates, the scalars that are
+    logged. The trainer defers updates as described at `PeriodicCallback.track_updates`.
 
     Args:
         callback: Any callback.
@@ -71,53 +70,53 @@ def check_stretches(
         >>> from noether import LrCallback
         >>> check_stretches(LrCallback(every_n_updates=1), examples=5)
     """
-    waited: list[bool] = []  # for each run in which the callbacks can hear of updates later
+    has_deferred: list[bool] = []  # for each run in which updates can be deferred
 
     def law(trace: Trace, longest: int) -> None:
-        trace = replace(trace, own_events=False)  # a loop with events of its own tells of each
+        trace = replace(trace, own_events=False)  # a loop with events of its own defers none
         complete = add_metric_source(callback, finite=trace.finite_metrics)
         expected = drive(copy_callback(complete), trace)
         reducer = compose(copy_callback(complete))
         found = _StretchedRun(reducer, longest)
         run_loop(trace, found.dispatch)
-        if reducer.lets_updates_wait:
-            waited.append(found.has_waited)
+        if reducer.defers_updates:
+            has_deferred.append(found.has_deferred)
         compare_runs(callback, _VIOLATION, found.compared_to(expected), expected, trace)
 
     for count in (examples, _MORE_EXAMPLES):
         check_runs(callback, law, st.integers(2, _LONGEST), traces=traces, examples=count, model=model)
-        if any(waited) or not waited:
+        if any(has_deferred) or not has_deferred:
             return
-    raise LawError(f"{label_of(callback)} never heard of an update later; give traces=... with longer epochs")
+    raise LawError(f"no update was deferred for {label_of(callback)}; give traces=... with longer epochs")
 
 
 @final
 class _StretchedRun:
-    """A run in which callbacks hear of up to `longest` updates at once, as long as none of them is due."""
+    """A run that defers up to `longest` consecutive updates."""
 
     def __init__(self, reducer: Reducer, longest: int) -> None:
-        self.has_waited = False
+        self.has_deferred = False
         self._reducer = reducer
         self._stretch = Stretch(reducer, self, max_s=math.inf, max_updates=longest)
         self._driven: list[tuple[Event, TrainState, Effects]] = []
-        self._waiting: set[int] = set()  # indexes of events of which callbacks hear later, or never
+        self._deferred: set[int] = set()  # indexes of deferred events, and of those for which no callback is called
         self._logged: dict[TrainingIteration, Effects] = {}
 
     def dispatch(self, state: TrainState, event: Event) -> TrainState:
-        """Return the state after an event, of which the callbacks may hear later."""
+        """Return the state after an event, which may be deferred."""
         effects: Effects = ()
-        if self._waits(state, event):
-            self._waiting.add(len(self._driven))
+        if self._defer(state, event):
+            self._deferred.add(len(self._driven))
         else:
-            state = self._stretch.tell(state)
+            state = self._stretch.call_callbacks(state)
             self._stretch.run_effects(state)
             state, effects = self._reducer(state, event)
         self._driven.append((event, state, effects))
         return state
 
-    def _waits(self, state: TrainState, event: Event) -> bool:
+    def _defer(self, state: TrainState, event: Event) -> bool:
         if isinstance(event, AfterUpdate):
-            return self._stretch.hold(state, event)
+            return self._stretch.defer(state, event)
         return isinstance(event, AfterAccumulationStep) and not listens_to(self._reducer, type(event))
 
     def __call__(self, effects: Effects, state: TrainState, event: Event) -> None:
@@ -125,7 +124,7 @@ class _StretchedRun:
 
     def interpret_stretch(self, effects: Effects, _: TrainState, updates: Sequence[CompletedUpdate]) -> None:
         """Keep what is logged of each update."""
-        self.has_waited = self.has_waited or bool(updates)
+        self.has_deferred = self.has_deferred or bool(updates)
         for effect in effects:
             assert isinstance(effect, (LogUpdates, LogUpdateText))  # noqa: S101  # for mypy: a reducer refuses others
             if isinstance(effect, LogUpdateText):
@@ -138,11 +137,11 @@ class _StretchedRun:
         self._logged[iteration] = (*self._logged.get(iteration, ()), effect)
 
     def compared_to(self, expected: DrivenRun) -> DrivenRun:
-        """Return the run with the expected states at updates of which the callbacks heard later."""
+        """Return the run with the expected states at deferred updates, and the effects that logged them."""
         complete: list[tuple[Event, TrainState, Effects]] = []
         for index, (driven, theirs) in enumerate(zip(self._driven, expected.states, strict=False)):
             event, state, _ = driven
             logged = self._logged.get(state.iteration, ()) if isinstance(event, AfterUpdate) else ()
-            complete.append((event, theirs, logged) if index in self._waiting else driven)
+            complete.append((event, theirs, logged) if index in self._deferred else driven)
         events, states, effects = zip(*complete, strict=True)
         return DrivenRun(events, states, effects)

@@ -107,12 +107,12 @@ class Trainer:
                 while (move := next_move(state, self.run)) is not Move.NOTHING and not self._is_interrupted():
                     if move is Move.UPDATE:
                         state, event, since_s = self._update(state, since_s)
-                        if stretch.hold(state, event):
+                        if stretch.defer(state, event):
                             settled, event = state, None
                             continue
-                        state = stretch.tell(state)
+                        state = stretch.call_callbacks(state)
                     else:
-                        settled = state = stretch.tell(state)
+                        settled = state = stretch.call_callbacks(state)
                         state, event = self._end(move, state)
                     stretch.run_effects(state)
                     state = dispatch(state, event, self.reducer, self.interpreter)
@@ -120,7 +120,7 @@ class Trainer:
             except DataInterrupt:
                 settled, event = _settle(settled, state, event), None
             if settled is not None:
-                settled = stretch.tell(settled)
+                settled = stretch.call_callbacks(settled)
                 stretch.run_effects(settled)
                 self.finish(settled)
         except BaseException as error:
@@ -227,10 +227,10 @@ class Trainer:
     ) -> None:
         at = AfterUpdate.of(run=self.run, time_s=self.clock.wall_s()) if event is None else event
         settled = _settle(settled, state, event)
-        try:
-            after = stretch.tell(state if settled is None else settled)  # for the logs, even if nothing is saved
+        try:  # for the logs, even if nothing is saved
+            after = stretch.call_callbacks(state if settled is None else settled)
         except BaseException as missed:  # noqa: BLE001  # the error that is reported, or one that follows from it
-            error.add_note(f"the state is not saved, as callbacks could not hear of its last updates: {missed!r}")
+            error.add_note(f"the state is not saved, as callbacks failed for its last updates: {missed!r}")
             settled = None
         else:
             settled = None if settled is None else after

@@ -1,4 +1,4 @@
-"""Callbacks that hear of several updates at once do what they would do at each."""
+"""Callbacks that are called once for several deferred updates do what they would do at each."""
 
 from random import Random
 
@@ -55,7 +55,7 @@ def say_update(state, event):
 
 
 @pytest.mark.parametrize("seed", slow_except(range(6), range(40)))
-def test_shipped_callbacks_may_hear_of_updates_later(seed):
+def test_shipped_callbacks_may_be_called_later(seed):
     random = Random(seed)  # noqa: S311  # no secret
     names = random.sample(sorted(CALLBACKS), random.randint(1, len(CALLBACKS)))
     callbacks = [CALLBACKS[name](**random.choice(INTERVALS), at_end=random.random() < 0.3) for name in names]
@@ -101,7 +101,7 @@ def test_the_law_catches_what_depends_on_the_call(kind):
 
 
 def test_the_law_catches_an_effect_that_comes_too_late():
-    with pytest.raises(LawError, match=r"requested LogText\(.*\) for updates that waited"):
+    with pytest.raises(LawError, match=r"requested LogText\(.*\) for deferred updates"):
         check_stretches(LogsText(every_n_epochs=1), examples=200)
 
 
@@ -125,8 +125,8 @@ def update(number, *, time_s=0.0, **fields):
         EMACallback(every_n_epochs=1, target_factors=(0.9,), save_latest_weights=True),
     ],
 )
-def test_a_callback_that_has_to_see_each_update_lets_none_wait(callback):
-    assert not make_stretch(callback).hold(*update(1))
+def test_a_callback_that_has_to_see_each_update_defers_none(callback):
+    assert not make_stretch(callback).defer(*update(1))
 
 
 class OtherFirings(LrCallback):
@@ -147,7 +147,7 @@ class OtherEvents(LrCallback):
 @pytest.mark.parametrize("kind", [OtherFirings, OtherUpdates, OtherEvents])
 def test_a_subclass_with_other_firings_sees_each_update(kind):
     reducer, (state, event) = compose(kind(every_n_updates=1)), update(2)
-    assert not reducer.can_wait(state, event)
+    assert not reducer.can_defer(state, event)
     assert reducer(state, event)[1] == (LogText("lr"),)
 
 
@@ -166,7 +166,7 @@ class CountsFirings(LrCallback):
         return state.remember("firings", state.memory("firings") + len(updates)), effects
 
 
-def test_a_subclass_that_defines_both_kinds_of_firings_may_hear_of_updates_later():
+def test_a_subclass_that_defines_both_kinds_of_firings_may_be_called_later():
     check_stretches(CountsFirings(every_n_updates=1), examples=10)
 
 
@@ -176,14 +176,14 @@ class StartsLater(LrCallback):
         return EveryNUpdates(1).starting(TrainingIteration(update=3)) | EveryNSamples(20)
 
 
-def test_firings_that_come_later_keep_to_the_window_of_their_schedule():
+def test_deferred_firings_keep_to_the_window_of_their_schedule():
     check_stretches(StartsLater(every_n_updates=1), examples=20)
 
 
-def test_an_update_with_a_line_of_progress_waits_for_those_after_it():
+def test_an_update_with_a_line_of_progress_is_deferred():
     stretch = make_stretch(ProgressCallback(every_n_updates=2))
-    held = [stretch.hold(*update(number, duration_s=0.1)) for number in range(1, 6)]
-    state = stretch.tell(update(5)[0])
+    held = [stretch.defer(*update(number, duration_s=0.1)) for number in range(1, 6)]
+    state = stretch.call_callbacks(update(5)[0])
     assert held == [True] * 5
     assert [(memory["lines"], memory["since_updates"]) for memory in state.callback_states.values()] == [(2, 1)]
 
@@ -203,7 +203,7 @@ class SaysAfter(OnlineLossCallback):
 @pytest.mark.parametrize("kind", [Says, SaysAfter])
 def test_a_subclass_that_extends_the_hook_of_single_updates_tracks_them(kind):
     reducer, (state, event) = compose(kind(every_n_updates=2)), update(1, losses={"total": 0.5})
-    assert not reducer.can_wait(state, event)
+    assert not reducer.can_defer(state, event)
     state, effects = reducer(state, event)
     assert effects == (LogText("E0_U1_S2"),)
     assert state.memory(f"{kind.__name__}/U2")["sums"]["total"] == 1.0
@@ -215,13 +215,13 @@ def test_an_update_without_samples_is_no_firing_for_an_interval_of_one_sample():
     for samples in (2, 2, 0, 0, 2):
         state, event = state.advance(samples=samples), AfterUpdate(samples=samples, lr={"default": 0.1})
         assert len(compose(LrCallback(every_n_samples=1))(state, event)[1]) == bool(samples)
-        assert stretch.hold(state, event)
-    stretch.run_effects(stretch.tell(state))
+        assert stretch.defer(state, event)
+    stretch.run_effects(stretch.call_callbacks(state))
     assert [row.iteration.update for row in rows] == [1, 2, 5]
 
 
-@pytest.mark.parametrize("hook", ["can_wait", "fire_updates"])
-def test_a_class_that_only_says_how_it_waits_does_nothing(hook):
+@pytest.mark.parametrize("hook", ["can_defer", "fire_updates"])
+def test_a_class_that_only_defers_updates_does_nothing(hook):
     kind = type("Waits", (PeriodicCallback,), {hook: getattr(LrCallback, hook)})
     with pytest.raises(SettingsError, match="Waits does nothing: define periodic_callback"):
         kind(every_n_updates=1)
@@ -241,45 +241,45 @@ class Scales(CountsCalls):
     ("kind", "late"),
     [(Stops, "changed state.stop"), (Scales, "changed state.hyperparams"), (LogsText, "requested LogT")],
 )
-def test_what_comes_too_late_for_updates_that_wait_is_refused(kind, late):
+def test_what_comes_too_late_for_deferred_updates_is_refused(kind, late):
     stretch, (state, event) = make_stretch(kind(every_n_epochs=1)), update(1)
-    assert stretch.hold(state, event)
-    with pytest.raises(CallbackError, match=rf"{kind.__name__}/E1 {late}.*let can_wait return False"):
-        stretch.tell(state)
+    assert stretch.defer(state, event)
+    with pytest.raises(CallbackError, match=rf"{kind.__name__}/E1 {late}.*let can_defer return False"):
+        stretch.call_callbacks(state)
     assert compose(kind(every_n_epochs=1))(state, event)  # alone, an update may be answered
 
 
-def test_an_update_at_which_a_gate_opens_does_not_wait():
+def test_an_update_at_which_a_gate_opens_is_not_deferred():
     reducer = compose(say_update, every_n_epochs(1)(lambda state, event: (state, ())))
     stretch, held = Stretch(reducer, Interpreter({LogUpdates: []})), []
     for number in range(1, 8):
         state, event = update(number)
-        held.append(stretch.hold(state, event))
+        held.append(stretch.defer(state, event))
         if not held[-1]:
-            reducer(stretch.tell(state), event)
+            reducer(stretch.call_callbacks(state), event)
     assert held == [True, True, False, True, True, False, True]
 
 
 @pytest.mark.parametrize("clock", [[0.0, 0.1, 0.2, 0.3], [5.0, 5.2, 4.0, 4.1]], ids=["slow", "set back"])
 def test_a_stretch_ends_after_a_quarter_of_a_second(clock):
     stretch = make_stretch(OnlineLossCallback(every_n_epochs=1))
-    held = [stretch.hold(*update(number + 1, time_s=time_s)) for number, time_s in enumerate(clock)]
+    held = [stretch.defer(*update(number + 1, time_s=time_s)) for number, time_s in enumerate(clock)]
     assert held == ([True, True, True, False] if clock[0] == 0 else [True, True, False, False])
 
 
-def test_an_update_that_takes_long_does_not_wait():
-    assert not make_stretch(OnlineLossCallback(every_n_epochs=1)).hold(*update(1, duration_s=0.3))
+def test_an_update_that_takes_long_is_not_deferred():
+    assert not make_stretch(OnlineLossCallback(every_n_epochs=1)).defer(*update(1, duration_s=0.3))
 
 
-def test_an_update_that_waits_keeps_no_outputs():
+def test_a_deferred_update_keeps_no_outputs():
     state, event = update(1, outputs=torch.ones(3), losses=FrozenDict(total=torch.ones(())))
-    assert make_stretch(OnlineLossCallback(every_n_epochs=1)).hold(state, event)
+    assert make_stretch(OnlineLossCallback(every_n_epochs=1)).defer(state, event)
     assert (event.outputs, sorted(event.losses)) == (None, ["total"])
 
 
 @pytest.mark.parametrize("interpreter", [lambda effects, state, event: None, Interpreter({})])
-def test_an_interpreter_that_takes_single_updates_hears_of_each(interpreter):
-    assert not Stretch(compose(say_update), interpreter).hold(*update(1))
+def test_an_interpreter_that_takes_single_updates_defers_none(interpreter):
+    assert not Stretch(compose(say_update), interpreter).defer(*update(1))
 
 
 def test_an_error_names_the_callback_and_keeps_the_updates():
@@ -289,10 +289,10 @@ def test_an_error_names_the_callback_and_keeps_the_updates():
 
     lr = LrCallback(every_n_updates=1)
     stretch, (state, event) = make_stretch(lr, Fails(every_n_epochs=1, id="mine")), update(2, lr={"default": 0.1})
-    assert stretch.hold(state, event)
+    assert stretch.defer(state, event)
     for _ in range(2):  # the updates are not forgotten
         with pytest.raises(ValueError, match="no such loss") as caught:
-            stretch.tell(state)
+            stretch.call_callbacks(state)
         assert "raised by the callback 'mine'" in caught.value.__notes__[0]
         assert [len(effect.rows) for effect in remaining_effects(caught.value)] == [1]  # of the callback before
 
@@ -323,13 +323,13 @@ def test_a_subclass_tracks_updates_as_its_base_does():
     Tracks(every_n_updates=1)  # which may call `track_updates` of its base
 
 
-def test_a_class_that_tracks_each_update_cannot_say_which_may_wait():
+def test_a_class_that_tracks_each_update_cannot_say_which_are_deferred():
     class Waits(PeriodicCallback):
         def track_after_update_step(self, state, event):
             return state, ()
 
-        def can_wait(self, state, event):
+        def can_defer(self, state, event):
             return False
 
-    with pytest.raises(SettingsError, match="Waits defines can_wait, asked only before track_updates"):
+    with pytest.raises(SettingsError, match="Waits defines can_defer, called only before track_updates"):
         Waits(every_n_updates=1)

@@ -1,4 +1,4 @@
-"""A run whose callbacks hear of several updates at once equals one whose callbacks hear of each."""
+"""A run that calls callbacks once for several deferred updates equals one that calls them at each."""
 
 import itertools
 
@@ -152,7 +152,7 @@ def stop_after(checks):
 
 @examples(200, quick=25)
 @given(callbacks=CHOICES, tick_s=TICKS, stops=st.one_of(st.none(), st.integers(0, 18)))
-def test_a_run_is_the_same_whether_callbacks_hear_of_each_update_or_of_several(callbacks, tick_s, stops):
+def test_a_run_is_the_same_whether_callbacks_are_called_for_each_update_or_for_several(callbacks, tick_s, stops):
     runs = []
     for takes_stretches in (False, True):
         log, finished = Log(takes_stretches=takes_stretches), []
@@ -190,7 +190,7 @@ def test_a_learning_rate_of_each_update_is_logged_for_several():
     ]
 
 
-def test_a_callback_that_sees_each_update_hears_of_each():
+def test_a_callback_that_sees_each_update_is_called_at_each():
     seen = []
 
     def watch(state, event):
@@ -254,7 +254,7 @@ def test_a_failed_log_leaves_no_update_out_of_the_state_that_is_saved(ending):
     assert_same(settled, expected)
 
 
-def test_updates_that_wait_are_logged_although_the_failed_one_overwrote_their_state(monkeypatch):
+def test_deferred_updates_are_logged_although_the_failed_one_overwrote_their_state(monkeypatch):
     advance = TrainState.advance
 
     def count(state, *, samples):

@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from noether.core.state import TrainState
     from noether.core.update_calls import CallForUpdates
 
-_ACTING_HOOKS: Final = (
+_HOOKS_THAT_ACT: Final = (
     "periodic_callback",
     "track_after_accumulation_step",
     "track_after_update_step",
     "track_updates",
 )
-_PERIODIC_HOOKS: Final = (*_ACTING_HOOKS, "can_wait", "fire_updates")
+_PERIODIC_HOOKS: Final = (*_HOOKS_THAT_ACT, "can_defer", "fire_updates")
 
 
 class PeriodicCallback(CallbackBase):
@@ -44,9 +44,9 @@ class PeriodicCallback(CallbackBase):
 
     A subclass defines `periodic_callback`, which is called at the interval. It may define
     `track_after_accumulation_step`, which is called at every accumulation step, and `track_after_update_step`, which is
-    called at every update; or `track_updates` in place of the latter, which a loop may call once for several updates.
-    `can_wait` and `fire_updates` say which updates these are, and what several firings do. At a standalone evaluation
-    (`AtEval`) it does nothing unless it defines `at_eval`.
+    called at every update; or `track_updates` in place of the latter, which a loop may call once for several deferred
+    updates. `can_defer` returns whether an update may be deferred, and `fire_updates` fires for several of them. At a
+    standalone evaluation (`AtEval`) it does nothing unless it defines `at_eval`.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.
@@ -91,9 +91,9 @@ class PeriodicCallback(CallbackBase):
             label, both = several.__name__, "track_updates and track_after_update_step"
             where = "" if several is single else f", the latter in {single.__name__}"
             yield Problem("", f"{label} defines {both}{where}: keep one of them")
-        elif "can_wait" in vars(type(self)) and not self._tracks_several and not self._fires_several:
+        elif "can_defer" in vars(type(self)) and not self._tracks_several and not self._fires_several:
             label = type(self).__name__
-            yield Problem("", f"{label} defines can_wait, asked only before track_updates: define that, too")
+            yield Problem("", f"{label} defines can_defer, called only before track_updates: define that, too")
 
     @property
     def _fires_several(self) -> bool:
@@ -108,7 +108,7 @@ class PeriodicCallback(CallbackBase):
         return (*super()._hook_names(), *_PERIODIC_HOOKS)
 
     def _check_hooks(self) -> Problem | None:
-        hooks = ("__call__", *HOOKS.values(), *_ACTING_HOOKS)
+        hooks = ("__call__", *HOOKS.values(), *_HOOKS_THAT_ACT)
         overrides = any(self.overrides(hook, PeriodicCallback) for hook in hooks)
         return None if overrides else self._no_hook("periodic_callback")
 
@@ -168,11 +168,11 @@ class PeriodicCallback(CallbackBase):
     def track_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
         """Return the state and effects of one or several updates; in place of `track_after_update_step`.
 
-        A subclass may define it if a call for several updates returns what a call for each of them would, in order: if
-        it reads of the state nothing but its own memory and metrics, and of the events neither outputs nor gradients.
-        For updates that waited, a reducer refuses any other change of the state, and all effects but `LogUpdates` and
-        `LogUpdateText`.
-        The updates for which it needs more must not wait: see `can_wait`.
+        A subclass may define it if one call for several updates does what a call for each of them, in order, would do.
+        It may read its own memory and metrics, but nothing else of the state, and neither outputs nor gradients of the
+        events. For deferred updates, a reducer raises `CallbackError` if the call changes other fields of the state
+        than memory and metrics, or requests other effects than `LogUpdates` and `LogUpdateText`. Where a callback needs
+        more, `can_defer` has to return False.
 
         Args:
             state: The state after the last of the updates, or a later one.
@@ -193,13 +193,11 @@ class PeriodicCallback(CallbackBase):
         """
         return state, ()
 
-    def can_wait(self, state: TrainState, event: AfterUpdate) -> bool:
-        """Return whether `track_updates` or `fire_updates` may be called later for an update; by default always.
-
-        It has no effect on a callback that defines neither.
+    def can_defer(self, state: TrainState, event: AfterUpdate) -> bool:
+        """Return whether `track_updates` or `fire_updates` may be called later for an update; True by default.
 
         Args:
-            state: The state after the update, in which its memory lacks the updates that wait.
+            state: The state after the update; the memory in it lacks the updates deferred before.
             event: The event of the update.
         """
         return True
@@ -213,8 +211,8 @@ class PeriodicCallback(CallbackBase):
 
         Args:
             state: The state after the last of the updates, or a later one.
-            updates: The updates at which it fires, in order; if the callback also tracks updates, one, and it has
-                tracked those up to it.
+            updates: The updates at which it fires, in order. If the callback also tracks updates, it is only one, and
+                `track_updates` was called for those up to it.
         """
         return state, ()
 
@@ -226,12 +224,8 @@ class PeriodicCallback(CallbackBase):
         """Call `track_after_update_step`, and fire if the interval counts updates or samples and is due."""
         if not self._tracks:
             return self._fire_if_due(state, event)
-        result = self.track_after_update_step(state, event)
-        check_result(self, result, "track_after_update_step")
-        state, tracked = result
-        result = self._fire_if_due(state, event)
-        check_result(self, result, "periodic_callback")
-        state, effects = result
+        state, tracked = check_result(self, self.track_after_update_step(state, event), "track_after_update_step")
+        state, effects = check_result(self, self._fire_if_due(state, event), "periodic_callback")
         return state, tracked + effects
 
     def after_epoch(self, state: TrainState, event: AfterEpoch) -> tuple[TrainState, Effects]:
@@ -265,52 +259,49 @@ class PeriodicCallback(CallbackBase):
         return self.track_updates if self._tracks_several else None
 
     @property
-    def _can_wait(self) -> Callable[[TrainState, AfterUpdate], bool] | None:
-        return self.can_wait if self.overrides("can_wait", PeriodicCallback) else None
+    def _can_defer(self) -> Callable[[TrainState, AfterUpdate], bool] | None:
+        return self.can_defer if self.overrides("can_defer", PeriodicCallback) else None
 
     @property
     def _fire_updates(self) -> CallForUpdates | None:
-        """What a reducer may call for several updates with firings: not if a subclass changed what a firing does."""
+        """The call for several updates with firings; None if a subclass changed what a single firing does."""
         definer = self._definer_of("fire_updates")
         is_changed = type(self).periodic_callback is not getattr(definer, "periodic_callback", None) or any(
             self.overrides(hook, PeriodicCallback) for hook in ("after_update", "__call__")
         )
         if definer is PeriodicCallback or is_changed or (self._tracks and not self._tracks_several):
             return None
-        return self._track_and_fire
+        return self._track_and_fire if self._tracks else self._fire_due
+
+    def _fire_due(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
+        """Call `fire_updates` once for all updates at which the interval is due."""
+        due = [updates[index] for index in self._find_due(updates)]
+        return self.fire_updates(state, due) if due else (state, ())
 
     def _track_and_fire(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
-        """Call `track_updates`, and `fire_updates` for the updates at which the interval is due."""
-        due = range(len(updates)) if self._is_always_due else self._find_due(updates)
-        if not self._tracks:
-            return self.fire_updates(state, [updates[index] for index in due]) if due else (state, ())
+        """Call `track_updates` for all updates, and `fire_updates` in between for each at which the interval is due."""
         effects: Effects = ()
         begin = 0
-        for index in due:  # a firing sees what was tracked up to its update
+        for index in self._find_due(updates):  # a firing reads what was tracked up to its update
             end = index + 1
-            state, tracked = self._call_for_updates("track_updates", state, updates[begin:end])
-            state, fired = self._call_for_updates("fire_updates", state, updates[index:end])
+            state, tracked = check_result(self, self.track_updates(state, updates[begin:end]), "track_updates")
+            state, fired = check_result(self, self.fire_updates(state, updates[index:end]), "fire_updates")
             effects, begin = effects + tracked + fired, end
         if begin < len(updates):
-            state, tracked = self._call_for_updates("track_updates", state, updates[begin:])
+            state, tracked = check_result(self, self.track_updates(state, updates[begin:]), "track_updates")
             effects += tracked
         return state, effects
 
-    def _call_for_updates(
-        self, hook: str, state: TrainState, updates: Sequence[CompletedUpdate]
-    ) -> tuple[TrainState, Effects]:
-        result: tuple[TrainState, Effects] = getattr(self, hook)(state, updates)
-        check_result(self, result, hook)
-        return result
-
-    def _find_due(self, updates: Sequence[CompletedUpdate]) -> list[int]:
-        """Return the positions of those of several updates in a row at which the interval is due."""
+    def _find_due(self, updates: Sequence[CompletedUpdate]) -> Sequence[int]:
+        """Return the indexes of those of several consecutive updates at which the interval is due."""
+        if self._is_always_due:
+            return range(len(updates))
         schedule, due = self.gate.parts[AfterUpdate], list[int]()
         (at, event), *_ = updates
         previous = TrainingIteration(at.epoch, at.update - 1, at.sample - event.samples)
         following = schedule.next_due(previous)
         for index, (iteration, _) in enumerate(updates):
-            if following.reached(iteration):  # a schedule is not due before, which is found fast
+            if following.reached(iteration):  # before that, the schedule is not due: skip the slower question
                 following = schedule.next_due(iteration)
                 due += [index] if schedule.due(previous, iteration) else []
             previous = iteration

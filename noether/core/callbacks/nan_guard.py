@@ -100,14 +100,14 @@ class NanGuardCallback(PeriodicCallback):
         """Whether the update was finite."""
         return ("finite",)
 
-    def can_wait(self, state: TrainState, event: AfterUpdate) -> bool:
+    def can_defer(self, state: TrainState, event: AfterUpdate) -> bool:
         """Return whether the update, and the one before it, were finite: then there is nothing to do."""
         return not event.skipped and bool(event.finite) and not self.memory(state)["in_row"]
 
     def track_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
         """Count updates that are not finite, and act if there are too many."""
         effects: Effects = ()
-        for _, event in updates:  # updates that waited are finite: there is nothing to do
+        for _, event in updates:  # deferred updates are finite: there is nothing to do
             state, more = self._check_update(state, event)
             effects += more
         return state, effects
