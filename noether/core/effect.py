@@ -67,12 +67,12 @@ class UpdateScalars(NamedTuple):
 
 
 @dataclass(frozen=True)
-class UpdateLog(Effect):
+class DeferredLog(Effect):
     """Base class of the effects that log deferred updates; a callback may request no others for such updates."""
 
 
 @dataclass(frozen=True)
-class LogUpdates(UpdateLog):
+class LogUpdates(DeferredLog):
     """Write scalars of several updates to every log: a line for each, as `LogScalars` at each of them would have.
 
     Only a callback that is called once for several updates requests it; see `noether.core.stretch`.
@@ -124,11 +124,11 @@ class LogText(Effect):
 
 
 @dataclass(frozen=True)
-class LogUpdateText(UpdateLog):
+class LogUpdateText(DeferredLog):
     """Write a line to the console for one of several updates, as the `LogText` at that update would have.
 
-    Only a callback that is called once for several updates requests it; see `noether.core.stretch`. It comes before the
-    metrics of its update, and after those of the updates before. Handlers of `LogText` run it.
+    Only a callback that is called once for several updates requests it; see `noether.core.stretch`. The line comes
+    before the metrics of its update, and after those of earlier updates. Handlers of `LogText` write it.
 
     Args:
         iteration: The iteration after the update.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Final, SupportsFloat
 
 import torch
@@ -80,8 +81,8 @@ def log_updates(state: TrainState, rows: Iterable[UpdateScalars]) -> tuple[Train
     if not logged:
         return state, ()
     measured: dict[str, Measured] = {}
-    for row, following in zip(logged, [*logged[1:], None], strict=True):
-        if following is None or following.values is not row.values:  # a later row replaces one of equal values
+    for row, following in zip_longest(logged, logged[1:]):
+        if following is None or following.values is not row.values:  # else the next row replaces it
             measured |= {key: Measured(value, row.iteration) for key, value in row.values.items()}
     return state.replace(metrics=FrozenDict({**state.metrics, **measured})), (LogUpdates(tuple(logged)),)
 

@@ -18,7 +18,7 @@ from noether.core.callback import (
 )
 from noether.core.callback_checks import check_bound, check_callback, check_effects, check_result
 from noether.core.declarations import check_declarations
-from noether.core.effect import UpdateLog
+from noether.core.effect import DeferredLog
 from noether.core.errors import CallbackError, NoetherError, suggest
 from noether.core.event import AfterAccumulationStep, AfterUpdate, BeforeTraining
 from noether.core.metric_keys import keys_overlap
@@ -392,7 +392,7 @@ def _check_deferred_result(member: Callback, before: TrainState, after: TrainSta
     old, new = vars(before), vars(after)
     is_unchanged = all(map(is_, _read_other_fields(new), _read_other_fields(old)))
     late = [] if is_unchanged else [f"changed state.{name}" for name in _OTHER_FIELDS if new[name] is not old[name]]
-    late += [f"requested {effect!r}" for effect in effects if not isinstance(effect, UpdateLog)]
+    late += [f"requested {effect!r}" for effect in effects if not isinstance(effect, DeferredLog)]
     if late:
         raise CallbackError(
             f"{label_of(member)} {late[0]} for deferred updates, which comes too late: let can_defer return False "

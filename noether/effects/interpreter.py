@@ -11,6 +11,7 @@ import torch
 
 from noether.core.artifacts import artifact_key
 from noether.core.effect import (
+    DeferredLog,
     Effect,
     LogScalars,
     LogText,
@@ -20,7 +21,6 @@ from noether.core.effect import (
     SaveTensors,
     SetSummary,
     ShowProgress,
-    UpdateLog,
 )
 from noether.core.errors import NoetherError, suggest
 from noether.core.reducer import attach_effects
@@ -125,7 +125,7 @@ class Interpreter:
 
     @property
     def interpret_stretch(self) -> InterpretStretch | None:
-        """Runs the effects of several updates; None without a handler of `LogUpdates`: then call it at each update."""
+        """Runs the effects of several updates; None without a handler of `LogUpdates`: none is deferred."""
         if LogUpdates not in self._handlers:
             return None
         return lambda effects, state, updates: self(effects, state, updates[-1].event)
@@ -185,7 +185,7 @@ class Interpreter:
 def _handle_update_text(handler: Handler) -> Handler:
     """Return the handler of `LogUpdateText` that calls a handler of `LogText`."""
 
-    @wraps(handler)  # which may be marked
+    @wraps(handler)  # keeps the mark of `on_all_ranks`
     def handle(effect: LogUpdateText, state: TrainState, _event: Event) -> None:
         handler(effect.text, state.replace(iteration=effect.iteration), effect.event)
 
@@ -249,8 +249,8 @@ def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
     """Merge the effects of one event: one log line, one checkpoint per tag, logs before checkpoints.
 
     Scalars, summary entries and tensors of one name are united; a later value replaces an earlier one, and so does a
-    later artifact of one key. Rows of several `LogUpdates` are united by update, and stay in the order of the updates;
-    texts of updates come between them.
+    later artifact of one key. Rows of several `LogUpdates` for the same update become one row; rows and texts of
+    updates are in the order of the updates.
     Of several `ShowProgress` the last due one remains, or the last if none is due.
     Checkpoints of one tag are united and come last, so that a checkpoint is never ahead of the log. A request for
     `TAG.latest` joins that for `TAG` if this is for the whole state, too. Those to resume from come first: from one of
@@ -288,38 +288,39 @@ def _choose_progress(effects: Sequence[ShowProgress]) -> tuple[ShowProgress]:
     return (max(reversed(effects), key=lambda each: each.due),)
 
 
-def _merge_updates(effects: Sequence[UpdateLog]) -> Iterator[UpdateLog]:
-    """Yield rows and texts of several updates: each text comes before the row of its update."""
+def _merge_updates(effects: Sequence[DeferredLog]) -> Iterator[DeferredLog]:
+    """Yield rows and texts in the order of their updates; the text of an update comes before its row."""
+    rows, quiet = _merge_rows([effect for effect in effects if isinstance(effect, LogUpdates)])
     texts = [effect for effect in effects if isinstance(effect, LogUpdateText)]
-    merged = _merge_rows([effect for effect in effects if isinstance(effect, LogUpdates)])
-    rows = list(merged.rows)
+    begin = 0
     for text in sorted(texts, key=lambda each: each.iteration.update):
-        count = bisect_left(rows, text.iteration.update, key=lambda row: row.iteration.update)
-        if count:
-            yield LogUpdates(tuple(rows[:count]), merged.quiet)
+        end = bisect_left(rows, text.iteration.update, key=lambda row: row.iteration.update)
+        if begin < end:
+            yield LogUpdates(rows[begin:end], quiet)
         yield text
-        rows = rows[count:]
-    if rows or not texts:
-        yield LogUpdates(tuple(rows), merged.quiet)
+        begin = end
+    if begin < len(rows) or not texts:
+        yield LogUpdates(rows[begin:], quiet)
 
 
-def _merge_rows(effects: Sequence[LogUpdates]) -> LogUpdates:
+def _merge_rows(effects: Sequence[LogUpdates]) -> tuple[tuple[UpdateScalars, ...], frozenset[str]]:
+    """Return one row for each update, in the order of the updates, and the quiet keys."""
     if len(effects) == 1:
-        return effects[0]
+        return effects[0].rows, effects[0].quiet
     rows: dict[int, UpdateScalars] = {}
-    united: dict[tuple[int, int], FrozenDict] = {}  # rows that had the same objects have the same one again
+    united: dict[tuple[int, int], FrozenDict] = {}  # by the ids of two values: logs encode an object only once
     quiet: frozenset[str] = frozenset()
     for effect in effects:
         for row in effect.rows:
-            update, values = row.iteration.update, row.values
-            if update in rows:
-                before = rows[update].values
-                pair = id(before), id(values)
-                values = united.get(pair) or united.setdefault(pair, FrozenDict({**before, **values}))
-            rows[update] = row._replace(values=values)
-        keys = frozenset().union(*{id(row.values): row.values for row in effect.rows}.values())
+            before = rows.setdefault(row.iteration.update, row)
+            if before is not row:
+                pair = id(before.values), id(row.values)
+                if pair not in united:
+                    united[pair] = FrozenDict({**before.values, **row.values})
+                rows[row.iteration.update] = row._replace(values=united[pair])
+        keys = frozenset(key for row in effect.rows for key in row.values)
         quiet = quiet - keys | effect.quiet & keys
-    return LogUpdates(tuple(row for _, row in sorted(rows.items())), quiet)
+    return tuple(rows[update] for update in sorted(rows)), quiet
 
 
 def _merge_scalars(effects: Sequence[LogScalars]) -> Sequence[LogScalars]:
@@ -352,7 +353,7 @@ def _merge_checkpoints(effects: Sequence[SaveCheckpoint]) -> Iterator[SaveCheckp
 
 _MERGES: Final[Mapping[type[Effect], Callable[[Any], Iterable[Effect]]]] = {
     ShowProgress: _choose_progress,
-    UpdateLog: _merge_updates,
+    DeferredLog: _merge_updates,
     LogScalars: _merge_scalars,
     SetSummary: _merge_summary,
     SaveTensors: _merge_tensors,

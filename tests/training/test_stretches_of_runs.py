@@ -179,12 +179,8 @@ def test_an_error_finds_the_state_after_the_last_update(callbacks, tick_s, fails
 def test_a_learning_rate_of_each_update_is_logged_for_several():
     log = Log(takes_stretches=True)
     train(start(), CALLBACKS[:2], log, epochs=2)
-    assert log.stretches == [
-        3,
-        2,
-        2,
-        3,
-    ]  # before the lines at updates 4 and 8, and up to the ends of epochs at 5 and 10
+    # A line of progress at updates 4 and 8, or the end of an epoch at 5 and 10, comes after each of these.
+    assert log.stretches == [3, 2, 2, 3]
     assert [line[0] for line in log.lines if isinstance(line[2], dict)] == [
         f"E{u > 5:d}_U{u}_S{3 * u}" for u in range(1, 11)
     ]
