@@ -64,7 +64,7 @@ class ModelTensors:
             ],
             shared=len(self.leaves),
         )
-        # The optimizer, the names of the gradients, and the function for both.
+        # The optimizer, the names of the gradients, and the function that writes an update for both.
         self._writer: tuple[FunctionalOptimizer, tuple[str, ...], Writer] | None = None
         self._bind()
 
@@ -89,10 +89,10 @@ class ModelTensors:
         grads: Mapping[str, Tensor],
         settings: Mapping[str, Mapping[str, Any]],
     ) -> bool:
-        """Take the tensors from a state and write an update to them; return False if only the class can make it.
+        """Write an update to the tensors in place; return False, with nothing written, if the optimizer cannot.
 
         Args:
-            state: The state that has these tensors; it cannot be read afterwards, unless nothing was written.
+            state: The state that has these tensors. It cannot be read after a write.
             optimizer: Computes the update.
             grads: Gradients by name of parameter.
             settings: Settings of the optimizer by group.

@@ -31,7 +31,7 @@ class PlainUpdate:
     that takes as long as the optimizer; these updates, of which most runs consist, leave it out.
 
     Args:
-        step: The step; `is_possible` holds for it.
+        step: The step, for which `is_possible` returns True.
     """
 
     def __init__(self, step: Step) -> None:
@@ -39,10 +39,15 @@ class PlainUpdate:
 
     @staticmethod
     def is_possible(step: Step) -> bool:
-        """Return whether the step writes in place, and neither scales, clips nor reads what it computes."""
+        """Return whether the step writes in place, and has no option that plain updates leave out."""
         options = (
-            *(step.precision, step.loss_scaling, step.clip_grad_norm, step.clip_grad_value),
-            *(step.gradients, step.elapsed_s, step.sharding),
+            step.precision,
+            step.loss_scaling,
+            step.clip_grad_norm,
+            step.clip_grad_value,
+            step.gradients,
+            step.elapsed_s,
+            step.sharding,
         )
         is_plain = all(option is None for option in options) and not step.grad_norm and not step.checks_gradients
         return is_plain and step.donate
@@ -62,7 +67,8 @@ class PlainUpdate:
         tensors.bind()
         places.place(places.collect(state))
         grads, losses, output = self._differentiate(tensors, batch)
-        outputs, buffers = (map_tensors(Tensor.detach, output),), places.read()
+        outputs = (map_tensors(Tensor.detach, output),)
+        buffers = places.read()
         present = {name: grad for name, grad in grads.items() if grad is not None}
         settings = step.settings_for(state)
         if not losses or not tensors.update(state, step.optimizer, present, settings.by_group):

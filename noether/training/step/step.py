@@ -171,21 +171,20 @@ class Step:
         if not batches:
             return state, make_event(FrozenDict(), (), (), self.settings_for(state), skipped=True)
         self.prepare(state)
-        if len(batches) == 1 and observe is None and self._plain_update is not None and not state.extra_state:
+        times = None if self.elapsed_s is None else PartTimes(self.elapsed_s)
+        if len(batches) > 1 or observe is not None:
+            state, accumulation, buffers = self.accumulate(state, batches, samples, times, observe)
+            gradients = Gradients(accumulation.grads, accumulation.losses, buffers, sum(samples))
+            return self.apply(state, gradients, tuple(accumulation.outputs), samples, times)
+        if self._plain_update is not None and not state.extra_state:
             tensors = ModelTensors.of(state, self.model)
             if tensors is not None:
                 return self._plain_update(tensors, state, batches[0], samples)
-        times = None if self.elapsed_s is None else PartTimes(self.elapsed_s)
-        if len(batches) == 1 and observe is None:  # needs no means
-            result = self._run_backward(
-                state, self.buffers.collect(state), batches[0], self._scale(state, _total), times
-            )
-            grads, losses, outputs, buffers = result
-            gradients = Gradients(grads[0] if grads else {}, losses, buffers, sum(samples))
-            return self.apply(state, gradients, (outputs,), samples, times)
-        state, accumulation, buffers = self.accumulate(state, batches, samples, times, observe)
-        gradients = Gradients(accumulation.grads, accumulation.losses, buffers, sum(samples))
-        return self.apply(state, gradients, tuple(accumulation.outputs), samples, times)
+        objectives = self._scale(state, _total)
+        result = self._run_backward(state, self.buffers.collect(state), batches[0], objectives, times)
+        grads, losses, outputs, buffers = result
+        gradients = Gradients(grads[0] if grads else {}, losses, buffers, samples[0])
+        return self.apply(state, gradients, (outputs,), samples, times)
 
     def accumulate(
         self,
@@ -403,7 +402,7 @@ class Step:
         return SettingsSchedule(self.lr, self.weight_decay)
 
     def _check_finite(self, losses: Losses, grads: Grads) -> tuple[Tensor | bool | None, bool]:
-        """Return whether the losses are finite, and the gradients where they are checked, and whether to skip them."""
+        """Return whether losses and checked gradients are finite, None if unknown; and whether to skip the update."""
         if not self.finite and not self.checks_gradients:
             return None, False
         total = losses["total"]

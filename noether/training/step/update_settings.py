@@ -1,4 +1,4 @@
-"""The scheduled settings of an optimizer: learning rate and weight decay of each update, by parameter group."""
+"""The scheduled settings of an optimizer: learning rate and weight decay of an update, by parameter group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class UpdateSettings(NamedTuple):
     """The scheduled settings of one update.
 
     Args:
-        by_group: All of them, by group and name, as optimizers take them.
+        by_group: Settings by group, as optimizers take them: `{"default": {"lr": 0.1, "weight_decay": 0.01}}`.
         lr: Learning rate by group.
         weight_decay: Weight decay by group; empty for an optimizer that has none.
     """
@@ -28,7 +28,7 @@ class UpdateSettings(NamedTuple):
 
 @final
 class SettingsSchedule:
-    """Computes the settings of an update; as long as their values stay the same, it returns the same object.
+    """Computes the settings of an update; the same object as for the update before, if all values are equal.
 
     Args:
         lr: Learning rate by group, as a function of the number of completed updates.
@@ -44,8 +44,8 @@ class SettingsSchedule:
 
     def __init__(self, lr: Mapping[str, ValueSchedule], weight_decay: Mapping[str, ValueSchedule]) -> None:
         self._lr, self._weight_decay = lr, weight_decay
-        # Replaced as a whole, as threads may share it: values, and the settings made of them.
-        self._last: tuple[list[float], UpdateSettings | None] = [], None
+        # Values, and the settings made of them; threads replace both at once.
+        self._last: tuple[tuple[list[float], list[float]], UpdateSettings | None] = ([], []), None
 
     def __call__(self, position: int, lr_scale: float) -> UpdateSettings:
         """Return the settings of the update after `position` completed ones.
@@ -54,17 +54,17 @@ class SettingsSchedule:
             position: Number of completed updates.
             lr_scale: Multiplies the learning rates.
         """
-        values = [schedule(position) * lr_scale for schedule in self._lr.values()]
-        values += [schedule(position) for schedule in self._weight_decay.values()]
-        before, settings = self._last
-        if settings is None or values != before:
-            settings = self._collect(values)
-            self._last = values, settings
+        lr = [schedule(position) * lr_scale for schedule in self._lr.values()]
+        weight_decay = [schedule(position) for schedule in self._weight_decay.values()]
+        values, settings = self._last
+        if settings is None or values != (lr, weight_decay):
+            settings = self._make_settings(lr, weight_decay)
+            self._last = (lr, weight_decay), settings
         return settings
 
-    def _collect(self, values: list[float]) -> UpdateSettings:
-        lr = FrozenDict(zip(self._lr, values, strict=False))
-        weight_decay = FrozenDict(zip(self._weight_decay, values[len(lr) :], strict=True))
+    def _make_settings(self, lr_values: list[float], weight_decay_values: list[float]) -> UpdateSettings:
+        lr = FrozenDict(zip(self._lr, lr_values, strict=True))
+        weight_decay = FrozenDict(zip(self._weight_decay, weight_decay_values, strict=True))
         by_group = {group: {"lr": value} for group, value in lr.items()}
         for group, value in weight_decay.items():
             by_group[group]["weight_decay"] = value
