@@ -35,12 +35,12 @@ class _Evaluation(PeriodicDataIteratorCallback):
     """Logs means over a dataset; a subclass chooses losses, metrics and outputs."""
 
     @cached_property
-    def _losses(self) -> bool:
+    def _logs_losses(self) -> bool:
         return False
 
     @property
     def _measures(self) -> tuple[str | MetricFunction, ...]:
-        """The metrics as they were given."""
+        """The metrics of the settings."""
         return ()
 
     @cached_property
@@ -54,14 +54,7 @@ class _Evaluation(PeriodicDataIteratorCallback):
     def process_data(self, state: TrainState, batch: Any, forward: Callable[..., Any]) -> Mapping[str, Any]:
         """Return the losses, metrics and outputs of a batch."""
         losses, outputs = _call_forward(forward, state, batch)
-        results: dict[str, Any] = {}
-        if self._losses:
-            weights = loss_weights(losses)
-            for name, loss in losses.items():
-                mean = loss if isinstance(loss, Mean) else Mean(loss, weights.get(name))
-                results[f"loss/{name}"] = mean
-                if mean.weight is not None:
-                    results["weighted"] = 1
+        results: dict[str, Any] = _mean_losses(losses) if self._logs_losses else {}
         for name, metric in self._metrics.items():
             if isinstance(metric, MetricObject):
                 results[f"metric/{name}"] = metric.arguments(outputs, batch)
@@ -108,7 +101,7 @@ class _Evaluation(PeriodicDataIteratorCallback):
     @property
     def produces(self) -> tuple[str, ...]:
         """The keys of losses, metrics and outputs."""
-        losses = (self._loss_key("*"), self._loss_key("*", "lossdiff")) if self._losses else ()
+        losses = (self._loss_key("*"), self._loss_key("*", "lossdiff")) if self._logs_losses else ()
         outputs = (name for pattern in self._output_patterns for name in patterns_containing(pattern))
         metrics = (key for name, each in self._metrics.items() for key in getattr(each, "keys", (name,)))
         return (*losses, *(self.key(name) for name in (*metrics, *outputs)))
@@ -116,7 +109,7 @@ class _Evaluation(PeriodicDataIteratorCallback):
     @property
     def consumes(self) -> tuple[str, ...]:
         """The weights that it evaluates, and the online loss of the same interval where it is current."""
-        online = (OptionalKey(f"loss/online/*/{self.interval_name}"),) if self._losses else ()
+        online = (OptionalKey(f"loss/online/*/{self.interval_name}"),) if self._logs_losses else ()
         return (*super().consumes, *online)
 
 
@@ -153,7 +146,7 @@ class OfflineLossCallback(_Evaluation):
     output_patterns_to_log: tuple[str, ...] = ()
 
     @cached_property
-    def _losses(self) -> bool:
+    def _logs_losses(self) -> bool:
         return True
 
     @property
@@ -271,7 +264,7 @@ class EvaluateCallback(_Evaluation):
         yield from (_metric_problem("measures", measure) for measure in self._measures)
 
     @cached_property
-    def _losses(self) -> bool:
+    def _logs_losses(self) -> bool:
         return any(map(_is_loss, self.measures))
 
     @property
@@ -337,6 +330,16 @@ def _call_forward(forward: Callable[..., Any], state: TrainState, batch: Any) ->
 def _select(results: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Return the results of a kind, by name."""
     return {name.removeprefix(f"{kind}/"): value for name, value in results.items() if name.startswith(f"{kind}/")}
+
+
+def _mean_losses(losses: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mean over the batch of each loss, and the result `weighted` if one has a weight."""
+    weights = loss_weights(losses)
+    means = {name: loss if isinstance(loss, Mean) else Mean(loss, weights.get(name)) for name, loss in losses.items()}
+    results: dict[str, Any] = {f"loss/{name}": mean for name, mean in means.items()}
+    if any(mean.weight is not None for mean in means.values()):
+        results["weighted"] = 1
+    return results
 
 
 def _mean_outputs(outputs: Any, patterns: tuple[str, ...]) -> dict[str, Mean]:

@@ -85,18 +85,18 @@ class PeriodicCallback(CallbackBase):
         yield from self._unused_hooks()
 
     def _unused_hooks(self) -> Iterator[Problem]:
-        """Yield the problem of each hook of the class that another one keeps from being called."""
-        several, single = map(self._definer_of, ("track_updates", "track_after_update_step"))
+        """Yield a problem if the class defines a hook that would never be called."""
+        several, single = self._definer_of("track_updates"), self._definer_of("track_after_update_step")
         if issubclass(several, single) and single is not PeriodicCallback:
-            label, both = several.__name__, "track_updates and track_after_update_step"
             where = "" if several is single else f", the latter in {single.__name__}"
-            yield Problem("", f"{label} defines {both}{where}: keep one of them")
-        elif "can_defer" in vars(type(self)) and not self._tracks_several and not self._fires_several:
+            both = "track_updates and track_after_update_step"
+            yield Problem("", f"{several.__name__} defines {both}{where}: keep one of them")
+        elif "can_defer" in vars(type(self)) and not self._tracks_deferred and not self._fires_deferred:
             label = type(self).__name__
             yield Problem("", f"{label} defines can_defer, called only before track_updates: define that, too")
 
     @property
-    def _fires_several(self) -> bool:
+    def _fires_deferred(self) -> bool:
         return self._definer_of("fire_updates") is not PeriodicCallback
 
     @classmethod
@@ -247,7 +247,7 @@ class PeriodicCallback(CallbackBase):
         return any(self.overrides(hook, PeriodicCallback) for hook in hooks)
 
     @cached_property
-    def _tracks_several(self) -> bool:
+    def _tracks_deferred(self) -> bool:
         """Whether a reducer may call `track_updates` once for several updates."""
         others = ("track_after_update_step", "after_update", "__call__")
         return self.overrides("track_updates", PeriodicCallback) and not any(
@@ -256,7 +256,7 @@ class PeriodicCallback(CallbackBase):
 
     @property
     def _track_updates(self) -> CallForUpdates | None:
-        return self.track_updates if self._tracks_several else None
+        return self.track_updates if self._tracks_deferred else None
 
     @property
     def _can_defer(self) -> Callable[[TrainState, AfterUpdate], bool] | None:
@@ -269,7 +269,7 @@ class PeriodicCallback(CallbackBase):
         is_changed = type(self).periodic_callback is not getattr(definer, "periodic_callback", None) or any(
             self.overrides(hook, PeriodicCallback) for hook in ("after_update", "__call__")
         )
-        if definer is PeriodicCallback or is_changed or (self._tracks and not self._tracks_several):
+        if definer is PeriodicCallback or is_changed or (self._tracks and not self._tracks_deferred):
             return None
         return self._track_and_fire if self._tracks else self._fire_due
 

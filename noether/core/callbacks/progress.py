@@ -78,23 +78,24 @@ class ProgressCallback(PeriodicCallback):
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
         """Write the line, and start a new interval."""
-        state, line = self._describe(state, event)
+        state, line = self._end_interval(state, event)
         return state, (line,)
 
     def fire_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
-        """Write the line of each of the updates."""
+        """Write a line for each of the updates."""
         now, lines = state.iteration, list[LogUpdateText]()
         for iteration, event in updates:
-            state, line = self._describe(state.replace(iteration=iteration), event)
+            state, line = self._end_interval(state.replace(iteration=iteration), event)
             lines.append(LogUpdateText(iteration, event, line))
         return state.replace(iteration=now), tuple(lines)
 
-    def _describe(self, state: TrainState, event: Event) -> tuple[TrainState, LogText]:
-        """Return the state at the beginning of a new interval, and the line of the one that ends."""
+    def _end_interval(self, state: TrainState, event: Event) -> tuple[TrainState, LogText]:
+        """Return the state with the memory of a new interval, and the line of the interval that ends."""
         memory = self.memory(state)
-        first = memory["lines"] == 0
-        steady_s = memory["steady_s"] + (0.0 if first else memory["since_s"])
-        steady_updates = memory["steady_updates"] + (0 if first else memory["since_updates"])
+        steady_s, steady_updates = memory["steady_s"], memory["steady_updates"]
+        if memory["lines"]:  # not the first interval, whose updates are slower
+            steady_s += memory["since_s"]
+            steady_updates += memory["since_updates"]
         end = estimate_end(state, event.run)
         text = f"{_format_share(state, event.run, end)}{_format_counters(state, event.run)}  {_format_times(memory)}"
         if end is not None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from noether.core.tensors.losses import Losses, LossResult
 
 
-_NOT_COMPARED: Final[tuple[None, list[Tensor]]] = None, []
+_NO_PARAMS: Final[tuple[None, list[Tensor]]] = None, []
 
 
 def forward(
@@ -70,10 +70,11 @@ class Forward:
         self._model_params: Mapping[str, Tensor] | None = None  # set by `evaluating`
         self._buffers = BufferPlaces(model)  # renewed by `evaluating`
         self._gathered: tuple[Any, Mapping[str, Tensor]] | None = None  # params of a state, and the whole ones
-        self._compared: tuple[Any, list[Tensor]] = _NOT_COMPARED  # params that the model was found to have, and views
+        # The `params` of the last state that were the parameters of the model, and views of them.
+        self._same_params: tuple[Any, list[Tensor]] = _NO_PARAMS
         self._is_fully_sharded = False  # set by `evaluating`
         self._has_extra_state = False  # set by `evaluating`
-        self._mode = False  # set by `evaluating`; a model may define `train`, and stay in training mode
+        self._is_training = False  # set by `evaluating`; a model may define `train`, and stay in training mode
         self._held: list[HeldTensor] | None = None  # found at the first call with other weights
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[Losses, Any]:
@@ -84,7 +85,7 @@ class Forward:
                 list, a closure or another object.
         """
         # Loading the batch may have changed the mode.
-        if self._model_params is None or self._model.training is not self._mode:
+        if self._model_params is None or self._model.training is not self._is_training:
             with self.evaluating():
                 return self(state, batch)
         is_enabled = torch.is_grad_enabled()
@@ -110,7 +111,7 @@ class Forward:
         if self._is_fully_sharded:
             reshard(self._model)
         with evaluation_mode(self._model, modules) as modules:
-            self._mode = self._model.training
+            self._is_training = self._model.training
             self._buffers = BufferPlaces(self._model, modules)
             # Empty under autocast, which caches the cast of a parameter and does not see later writes to it.
             params = named_parameters(self._model, modules)
@@ -118,11 +119,11 @@ class Forward:
             self._has_extra_state = any(has_extra_state(module) for _, module in modules)
             try:
                 if state is not None and not self._is_fully_sharded:
-                    self._has_params_of(state, self._model_params)  # reads and gathers them
+                    self._has_params_of(state, self._model_params)  # keeps what it gathers
                 yield
             finally:
                 self._model_params = self._gathered = None
-                self._compared = _NOT_COMPARED
+                self._same_params = _NO_PARAMS
 
     def _autocasts(self, params: Mapping[str, Tensor]) -> bool:
         if self._precision is not None:
@@ -157,16 +158,16 @@ class Forward:
             self._buffers.restore(before)
 
     def _has_params_of(self, state: TrainState, model_params: Mapping[str, Tensor]) -> bool:
-        """Return whether the model has the params of a state, which are read once for an evaluation."""
+        """Return whether the params of a state are those of the model; an evaluation reads them only once."""
         source = vars(state)["params"]
-        compared, views = self._compared
-        if compared is source and all(map(torch.Tensor.is_set_to, model_params.values(), views)):
+        same_source, views = self._same_params
+        if same_source is source and all(map(torch.Tensor.is_set_to, model_params.values(), views)):
             return True
         params = self._whole_params(state)
         is_same = _are_same(model_params, params)
-        # Only plain ones: `are_same_memory` compares the local parts of others.
+        # Not for DTensors and the like: `is_set_to` does not compare their local parts.
         is_plain = {nn.Parameter}.issuperset(map(type, model_params.values()))
-        self._compared = (source, [params[name] for name in model_params]) if is_same and is_plain else _NOT_COMPARED
+        self._same_params = (source, [params[name] for name in model_params]) if is_same and is_plain else _NO_PARAMS
         return is_same
 
     def _whole_params(self, state: TrainState) -> Mapping[str, Tensor]:

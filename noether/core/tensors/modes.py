@@ -99,7 +99,7 @@ def start_training_mode(model: nn.Module) -> None:
 
 
 def describe_evaluation_mode(model: nn.Module) -> str | None:
-    """Return what to write if a model as a whole is in evaluation mode where training begins; else None."""
+    """Return a warning if a model as a whole is in evaluation mode when training begins; else None."""
     if model.training:
         return None
     return (
@@ -146,15 +146,21 @@ class ModeWatch:
         self._model = model
         self._start: tuple[int, dict[str, bool]] | None = None
         self.epoch: int | None = None
-        """The epoch in which it looked last."""
-        self._is_done = False
+        """The epoch of the last comparison."""
+        self._has_warned = False
 
     def describe_changes(self, epoch: int) -> str | None:
-        """Return, once, which modes changed since the first call, and what to write; it looks once in an epoch."""
+        """Return a warning that names the modes that changed since the first call, or None.
+
+        It compares the modes at the first call in each epoch, and warns only once.
+
+        Args:
+            epoch: Completed epochs.
+        """
         if self.epoch == epoch:
             return None
         self.epoch = epoch
-        if self._is_done:
+        if self._has_warned:
             return None
         modes = {path: module.training for path, module in named_modules(self._model)}
         if self._start is None:
@@ -164,7 +170,7 @@ class ModeWatch:
         changed = [path or "the model" for path, mode in modes.items() if before.get(path, mode) is not mode]
         if not changed:
             return None
-        self._is_done = True
+        self._has_warned = True
         names = ", ".join(changed[:_SHOWN]) + (f" and {len(changed) - _SHOWN} more" if changed[_SHOWN:] else "")
         return (
             f"the mode of {names} changed since epoch {since}, and no checkpoint has it: a resumed run begins with the "
