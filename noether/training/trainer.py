@@ -61,7 +61,7 @@ class Trainer:
         step: Makes one update; on several ranks a `ReplicatedStep`.
         data: Returns the batches.
         reducer: The callbacks, composed.
-        interpreter: Runs their effects; those of several updates, too, if it can (see `Stretch`).
+        interpreter: Runs their effects. If it has an `interpret_stretch`, the trainer defers updates (see `Stretch`).
         evaluate_first: Whether to dispatch an evaluation before the first update of a new run.
         interrupted: Called between events; once it returns True, the trainer returns the state. Once data that
             callbacks iterate, or the training data, raises `DataInterrupt`, it returns the last settled state.
@@ -88,7 +88,7 @@ class Trainer:
     def __call__(self, state: TrainState, *, resumed: bool = False) -> TrainState:
         """Return the state at the end of the run, or where it was interrupted."""
         settled = state if resumed else None
-        event: Event | None = None  # that is being dispatched
+        event: Event | None = None  # the one that is being dispatched
         stretch = Stretch(self.reducer, self.interpreter)
         try:  # all in one frame: another one would keep the tensors of the initial state alive until the end
             try:
@@ -103,7 +103,7 @@ class Trainer:
                     state = dispatch(state, event, self.reducer, self.interpreter)
                 settled, event = state, None
                 since_s = self.clock.elapsed_s()
-                _ = self._updates  # whose clock starts here
+                _ = self._updates  # starts its clock
                 while (move := next_move(state, self.run)) is not Move.NOTHING and not self._is_interrupted():
                     if move is Move.UPDATE:
                         state, event, since_s = self._update(state, since_s)
@@ -270,7 +270,7 @@ def _log_modes(model: nn.Module) -> None:
 
 
 def _settle(settled: TrainState | None, state: TrainState, event: Event | None) -> TrainState | None:
-    """Return the state that a run resumes from if `event` is cut short at `state`.
+    """Return the state that a run resumes from if the dispatch of `event` at `state` is interrupted.
 
     Args:
         settled: The state after the event before; None if a new run has to start again.

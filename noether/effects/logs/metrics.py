@@ -67,8 +67,8 @@ def metrics_file(
 class _Encoder:
     """Makes the lines of a run, and encodes them.
 
-    It encodes metrics once that are the same object as those of the line before. So `encode` must be called by one
-    thread at a time, as `LinesFile` does; `to_line` may run beside it.
+    If consecutive lines have the same object as metrics, it encodes the metrics once. So only one thread at a time may
+    call `encode`, as `LinesFile` ensures; other threads may call `to_line` meanwhile.
     """
 
     def __init__(self, run_id: str) -> None:
@@ -80,7 +80,7 @@ class _Encoder:
     def to_line(
         self, content: LogScalars | UpdateScalars | dict[str, Any], iteration: TrainingIteration, event: Event
     ) -> Line | dict[str, Any]:
-        """Return the metrics and the position of a line, or a line with the entries of artifacts."""
+        """Return the line of an event: a tuple for its metrics, a dict for the entries of artifacts."""
         if isinstance(content, dict):
             return {"run": self._run_id, **position_fields(iteration, event), "metrics": {}, "artifacts": content}
         # Without tensors, and copied unless they cannot change, because the line may be buffered.
@@ -106,7 +106,7 @@ class _Encoder:
 
 
 def _encode_values(values: Mapping[str, Any]) -> str:
-    """Return the JSON of metrics; that of numbers without an encoder, which takes three times as long."""
+    """Return the JSON of metrics; finite numbers need no encoder, which takes three times as long."""
     parts = []
     for key, value in values.items():
         if type(key) is not str or not (type(value) is int or (type(value) is float and math.isfinite(value))):
