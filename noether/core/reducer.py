@@ -353,22 +353,22 @@ def attach_effects(error: BaseException, effects: Effects) -> None:
 
 
 def _note_place(error: BaseException, member: Callback, effects: Effects, state: TrainState, event: Event) -> None:
-    """Add a note that names the callback, and the effects of those before it; an inner reducer did so before."""
+    """Attach the effects of the callbacks before, and a note that names the callback unless an inner reducer did."""
     if _REMAINING_EFFECTS not in vars(error):
         error.add_note(f"raised by the callback {label_of(member)!r} at {state.iteration}, {type(event).__name__}")
     attach_effects(error, effects + remaining_effects(error))
 
 
-_FIELDS_OF_CALLBACKS: Final = frozenset({"callback_states", "metrics"})
+_DEFERRABLE_FIELDS: Final = frozenset({"callback_states", "metrics"})
 """Fields of a state that a callback may change for deferred updates, because no update reads them."""
 _OTHER_FIELDS: Final = tuple(
-    each.name for each in dataclasses.fields(TrainState) if each.name not in _FIELDS_OF_CALLBACKS
+    each.name for each in dataclasses.fields(TrainState) if each.name not in _DEFERRABLE_FIELDS
 )
 _LOOP_FIELDS: Final = (
     "iteration", "previous", "epoch_start", "epoch_batches", "seed", "ended", "pending", "lengths",
 )  # fmt: skip
 """Fields of a state that only the loop may change."""
-# They run at every call of a member, and read all fields in one call.
+# Each reads all fields in one call, because it runs after every call of a member.
 _read_other_fields, _read_loop_fields = itemgetter(*_OTHER_FIELDS), attrgetter(*_LOOP_FIELDS)
 
 

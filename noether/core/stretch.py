@@ -97,9 +97,9 @@ class Stretch:
         """
         if self._reducer is None or type(event) is not AfterUpdate:
             return False
-        if self._is_long(event) or not self._reducer.can_defer(state, event):
+        if self._would_exceed_limits(event) or not self._reducer.can_defer(state, event):
             return False
-        # They may be large, and no callback that reads them can be deferred.
+        # They may be large, and a callback that reads them cannot be deferred.
         vars(event).update(outputs=None, gradients=None)
         self._updates.append(CompletedUpdate(state.iteration, event))
         return True
@@ -135,7 +135,7 @@ class Stretch:
             effects, updates = self._requests.pop(0)
             self._interpret(effects, state, updates)
 
-    def _is_long(self, event: AfterUpdate) -> bool:
+    def _would_exceed_limits(self, event: AfterUpdate) -> bool:
         if not self._updates:
             return event.duration_s >= self._max_s
         # The difference is negative if the clock was set back.

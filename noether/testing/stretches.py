@@ -77,11 +77,11 @@ def check_stretches(
         complete = add_metric_source(callback, finite=trace.finite_metrics)
         expected = drive(copy_callback(complete), trace)
         reducer = compose(copy_callback(complete))
-        found = _StretchedRun(reducer, longest)
+        found = _DeferringRun(reducer, longest)
         run_loop(trace, found.dispatch)
         if reducer.defers_updates:
             has_deferred.append(found.has_deferred)
-        compare_runs(callback, _VIOLATION, found.compared_to(expected), expected, trace)
+        compare_runs(callback, _VIOLATION, found.fill_in(expected), expected, trace)
 
     for count in (examples, _MORE_EXAMPLES):
         check_runs(callback, law, st.integers(2, _LONGEST), traces=traces, examples=count, model=model)
@@ -91,7 +91,7 @@ def check_stretches(
 
 
 @final
-class _StretchedRun:
+class _DeferringRun:
     """A run that defers up to `longest` consecutive updates."""
 
     def __init__(self, reducer: Reducer, longest: int) -> None:
@@ -120,10 +120,10 @@ class _StretchedRun:
         return isinstance(event, AfterAccumulationStep) and not listens_to(self._reducer, type(event))
 
     def __call__(self, effects: Effects, state: TrainState, event: Event) -> None:
-        """Do nothing: the effects of a single event are kept by `dispatch`."""
+        """Do nothing: `dispatch` records the effects of a single event."""
 
     def interpret_stretch(self, effects: Effects, _: TrainState, updates: Sequence[CompletedUpdate]) -> None:
-        """Keep what is logged of each update."""
+        """Record the effects that log each update."""
         self.has_deferred = self.has_deferred or bool(updates)
         for effect in effects:
             assert isinstance(effect, (LogUpdates, LogUpdateText))  # noqa: S101  # for mypy: a reducer refuses others
@@ -136,12 +136,12 @@ class _StretchedRun:
     def _log(self, iteration: TrainingIteration, effect: Effect) -> None:
         self._logged[iteration] = (*self._logged.get(iteration, ()), effect)
 
-    def compared_to(self, expected: DrivenRun) -> DrivenRun:
-        """Return the run with the expected states at deferred updates, and the effects that logged them."""
+    def fill_in(self, expected: DrivenRun) -> DrivenRun:
+        """Return the run, at deferred events with the expected states and with the effects that log the update."""
         complete: list[tuple[Event, TrainState, Effects]] = []
-        for index, (driven, theirs) in enumerate(zip(self._driven, expected.states, strict=False)):
+        for index, (driven, expected_state) in enumerate(zip(self._driven, expected.states, strict=False)):
             event, state, _ = driven
             logged = self._logged.get(state.iteration, ()) if isinstance(event, AfterUpdate) else ()
-            complete.append((event, theirs, logged) if index in self._deferred else driven)
+            complete.append((event, expected_state, logged) if index in self._deferred else driven)
         events, states, effects = zip(*complete, strict=True)
         return DrivenRun(events, states, effects)

@@ -53,8 +53,8 @@ _LOGGER: Final = logging.getLogger(__name__)
 class Trainer:
     """Trains a state. It keeps no position: the state holds it.
 
-    On several ranks, each runs this loop, and all make the same moves: an interruption of one rank is that of all, who
-    hear of it with the gradients of an update and leave after its event. The times of events are those of rank 0.
+    On several ranks, each runs this loop, and all make the same moves. If one rank is interrupted, the others learn it
+    with the gradients of an update, and all leave after its event. The times of events are those of rank 0.
 
     Args:
         run: The facts that stay fixed during the run.
@@ -225,12 +225,13 @@ class Trainer:
     def _report(
         self, error: BaseException, settled: TrainState | None, state: TrainState, event: Event | None, stretch: Stretch
     ) -> None:
+        """Call `fail` for an error, after the callbacks and the logs of deferred updates."""
         at = AfterUpdate.of(run=self.run, time_s=self.clock.wall_s()) if event is None else event
         settled = _settle(settled, state, event)
         try:  # for the logs, even if nothing is saved
             after = stretch.call_callbacks(state if settled is None else settled)
-        except BaseException as missed:  # noqa: BLE001  # the error that is reported, or one that follows from it
-            error.add_note(f"the state is not saved, as callbacks failed for its last updates: {missed!r}")
+        except BaseException as failed:  # noqa: BLE001  # the error that is reported, or one that follows from it
+            error.add_note(f"the state is not saved, as callbacks failed for its last updates: {failed!r}")
             settled = None
         else:
             settled = None if settled is None else after

@@ -16,9 +16,9 @@ _PER_SAMPLE: Final = "one value per sample"
 _CPU: Final = torch.device("cpu")
 _SHORT_FLOATS: Final = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _NUMBERS: Final = frozenset({int, float, type(None)})
-"""Types of a sum that is a number of Python, or that nothing was added to."""
-_EXACT: Final = 2**29
-"""The product of a number in single precision and a whole number below this is exact in double precision."""
+"""Types of a sum that is a Python number, or None before the first term."""
+_EXACT_BELOW: Final = 2**29
+"""Double precision holds the exact product of a number in single precision and a whole number below this."""
 
 
 class BatchResult(NamedTuple):
@@ -28,7 +28,7 @@ class BatchResult(NamedTuple):
         kind: How it is combined with those of other batches, for messages.
         tensor: Values to concatenate, `(batch, ...)`; or `()`, which is added to a sum.
         factor: The sum grows by `factor * tensor`.
-        weight: The sum of the weights of a `Mean` grows by it.
+        weight: The total weight of a `Mean` grows by `weight`.
     """
 
     kind: str
@@ -60,9 +60,9 @@ class DatasetResults:
     def __init__(self, callback: str = "a callback") -> None:
         self._source = source_of(callback)
         self._sums: dict[str, torch.Tensor | float] = {}
-        self._terms: dict[str, torch.Tensor | float] = {}
-        self._weights: dict[str, float] = {}
-        self._parts: dict[str, list[torch.Tensor]] = {}
+        self._weighted_sums: dict[str, torch.Tensor | float] = {}
+        self._total_weights: dict[str, float] = {}
+        self._per_sample: dict[str, list[torch.Tensor]] = {}
         self._kinds: dict[str, str] = {}
         self._samples = 0
 
@@ -85,15 +85,15 @@ class DatasetResults:
             if self._kinds.get(name) != kind:
                 self._check_kind(name, kind)
             if kind == _PER_SAMPLE:
-                self._parts.setdefault(name, []).append(tensor)
+                self._per_sample.setdefault(name, []).append(tensor)
             elif kind == _SUM:
                 _add(self._sums, name, tensor)
             else:
-                self._weights[name] = self._weights.get(name, 0) + weight
+                self._total_weights[name] = self._total_weights.get(name, 0) + weight
                 if weight:
-                    _add(self._terms, name, tensor, factor)
+                    _add(self._weighted_sums, name, tensor, factor)
                 else:  # the mean over nothing is NaN, and so is its product with 0
-                    self._terms.setdefault(name, torch.zeros((), dtype=torch.float64, device=tensor.device))
+                    self._weighted_sums.setdefault(name, torch.zeros((), dtype=torch.float64, device=tensor.device))
 
     def values(self) -> Mapping[str, Any]:
         """Return the results of the whole dataset by name, and their number of samples as `samples`.
@@ -101,8 +101,8 @@ class DatasetResults:
         The mean of a result covers the batches that have it; it is NaN if all its weights are 0.
         """
         sums = {name: _to_tensor(total) for name, total in self._sums.items()}
-        means = {name: _to_tensor(total / self._weights[name]) for name, total in self._terms.items()}
-        parts = {name: self._concatenate(name, values) for name, values in self._parts.items()}
+        means = {name: _to_tensor(total / self._total_weights[name]) for name, total in self._weighted_sums.items()}
+        parts = {name: self._concatenate(name, values) for name, values in self._per_sample.items()}
         return FrozenDict({**sums, **means, **parts, "samples": self._samples})
 
     def _check_kind(self, name: str, kind: str) -> None:
@@ -215,13 +215,13 @@ def _add(sums: dict[str, torch.Tensor | float], name: str, term: torch.Tensor, f
 
 
 def _is_exact(term: torch.Tensor, factor: float) -> bool:
-    """Return whether numbers of Python, which are faster, give a sum of the same bits as tensors on the CPU.
+    """Return whether Python numbers, which are faster, give a sum of the same bits as tensors on the CPU.
 
     They do if the product is exact in double precision, as torch rounds product and sum together.
     """
     if type(term) is not torch.Tensor or not term.is_cpu:
         return False
-    is_exact = factor == 1 or (factor < _EXACT and not factor % 1 and term.dtype in _SHORT_FLOATS)
+    is_exact = factor == 1 or (factor < _EXACT_BELOW and not factor % 1 and term.dtype in _SHORT_FLOATS)
     return is_exact and (term.is_floating_point() or term.dtype is torch.int64)
 
 
