@@ -170,9 +170,9 @@ class PeriodicCallback(CallbackBase):
 
         A subclass may define it if one call for several updates does what a call for each of them, in order, would do.
         It may read its own memory and metrics, but nothing else of the state, and neither outputs nor gradients of the
-        events. For deferred updates, a reducer raises `CallbackError` if the call changes other fields of the state
-        than memory and metrics, or requests other effects than `LogUpdates` and `LogUpdateText`. Where a callback needs
-        more, `can_defer` has to return False.
+        events. It requests no effects: what is logged, a firing logs (see `fire_updates`). For deferred updates, a
+        reducer raises `CallbackError` if the call changes other fields of the state than memory and metrics. Where a
+        callback needs more, `can_defer` has to return False.
 
         Args:
             state: The state after the last of the updates, or a later one.
