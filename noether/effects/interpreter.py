@@ -11,7 +11,6 @@ import torch
 
 from noether.core.artifacts import artifact_key
 from noether.core.effect import (
-    DeferredLog,
     Effect,
     LogScalars,
     LogText,
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 
     Handler = Callable[[Any, TrainState, Event], None]
     Measure = Callable[[Any, TrainState, Event], Mapping[str, float]]
+    _MergedTypes = type[Effect] | tuple[type[Effect], ...]
 
 _Handler = TypeVar("_Handler", bound="Callable[..., None]")
 
@@ -173,7 +173,7 @@ class Interpreter:
 
     def _require_handler(self, effect_type: type[Effect]) -> None:
         if not self.handles(effect_type):
-            name = effect_type.__name__
+            name = LogText.__name__ if effect_type is LogUpdateText else effect_type.__name__  # its handlers run both
             known = [each.__name__ for each in dict.fromkeys((*self._given, *self._measures))]
             raise UnhandledEffectError(
                 f"no handler for the effect {name}{suggest(name, known)}; "
@@ -262,24 +262,22 @@ def merge_effects(effects: Sequence[Effect]) -> tuple[Effect, ...]:
     """
     if len(effects) == 1:  # the usual case
         return tuple(effects)
-    groups: dict[type[Effect] | None, list[Any]] = {}
+    groups: dict[_MergedTypes | None, list[Any]] = {}
     for effect in effects:
-        merged_type = _find_merged_type(type(effect))  # type: ignore[arg-type]  # mypy asks for the hash of an instance
-        groups.setdefault(merged_type, []).append(effect)
+        merged_types = _find_merged_types(type(effect))  # type: ignore[arg-type]  # mypy asks for the hash of an instance
+        groups.setdefault(merged_types, []).append(effect)
     others = groups.get(None, [])
     last = {key: effect for effect in others if (key := artifact_key(effect)) is not None}
     merged = [effect for effect in others if last.get(artifact_key(effect) or "", effect) is effect] if last else others
-    for effect_type, merge in _MERGES.items():
-        if effect_type in groups:
-            merged += merge(groups[effect_type])
+    for merged_types, merge in _MERGES.items():
+        if merged_types in groups:
+            merged += merge(groups[merged_types])
     return tuple(merged)
 
 
 @cache
-def _find_merged_type(effect_type: type[Effect]) -> type[Effect] | None:
-    """Return which of the merged types a type of effect is; None if its effects are not merged."""
-    if effect_type in _MERGES:
-        return effect_type
+def _find_merged_types(effect_type: type[Effect]) -> _MergedTypes | None:
+    """Return the key of `_MERGES` for a type of effect; None if its effects are not merged."""
     return next((merged for merged in _MERGES if issubclass(effect_type, merged)), None)
 
 
@@ -288,7 +286,7 @@ def _choose_progress(effects: Sequence[ShowProgress]) -> tuple[ShowProgress]:
     return (max(reversed(effects), key=lambda each: each.due),)
 
 
-def _merge_updates(effects: Sequence[DeferredLog]) -> Iterator[DeferredLog]:
+def _merge_updates(effects: Sequence[LogUpdates | LogUpdateText]) -> Iterator[LogUpdates | LogUpdateText]:
     """Yield rows and texts in the order of their updates; the text of an update comes before its row."""
     rows, quiet = _merge_rows([effect for effect in effects if isinstance(effect, LogUpdates)])
     texts = [effect for effect in effects if isinstance(effect, LogUpdateText)]
@@ -351,15 +349,15 @@ def _merge_checkpoints(effects: Sequence[SaveCheckpoint]) -> Iterator[SaveCheckp
     return (dataclasses.replace(save, event_saves=saves) for save in saves)
 
 
-_MERGES: Final[Mapping[type[Effect], Callable[[Any], Iterable[Effect]]]] = {
+_MERGES: Final[Mapping[_MergedTypes, Callable[[Any], Iterable[Effect]]]] = {
     ShowProgress: _choose_progress,
-    DeferredLog: _merge_updates,
+    (LogUpdates, LogUpdateText): _merge_updates,
     LogScalars: _merge_scalars,
     SetSummary: _merge_summary,
     SaveTensors: _merge_tensors,
     SaveCheckpoint: _merge_checkpoints,
 }
-"""How the effects of each type are merged, in the order in which they run, after all others."""
+"""How effects are merged, by their type or types, in the order in which they run, after all others."""
 
 
 def unite_saves(effects: Iterable[Effect]) -> list[SaveCheckpoint]:

@@ -16,8 +16,10 @@ from noether import (
     SaveCheckpoint,
     SaveTensors,
     SetSummary,
+    TrainingIteration,
     TrainState,
 )
+from noether.core.effect import LogUpdateText
 from noether.effects import Interpreter, UnhandledEffectError, open_run
 
 
@@ -66,6 +68,12 @@ def test_an_effect_without_a_handler_is_an_error_that_suggests_a_name():
         "interpreter.with_handlers(LogScalar, handler), or by run.handlers in YAML. Handled: LogText, LogScalars"
     )
     assert calls == []
+
+
+def test_a_text_of_an_update_without_a_handler_names_the_effect_whose_handlers_run_it():
+    text = LogUpdateText(TrainingIteration(update=1), AfterUpdate(), LogText("half"))
+    with pytest.raises(LookupError, match=r"no handler for the effect LogText; add one with .*\(LogText, handler\)"):
+        Interpreter({})([text], TrainState(), AfterUpdate())
 
 
 def test_an_empty_list_of_handlers_ignores_the_effect():

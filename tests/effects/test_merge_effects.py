@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from noether import (
+    AfterUpdate,
     Effect,
     LogScalars,
     LogText,
@@ -16,6 +17,8 @@ from noether import (
     ShowProgress,
     TrainingIteration,
 )
+from noether.core.effect import DeferredLog, LogUpdates, LogUpdateText, UpdateScalars
+from noether.core.tensors.tree import FrozenDict
 from noether.effects.interpreter import merge_effects
 
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -115,6 +118,18 @@ def test_other_effects_stay_unchanged_and_checkpoints_come_last(effects):
     assert of((LogText, Ring), merged) == of((LogText, Ring), effects)
     saves = [isinstance(effect, SaveCheckpoint) for effect in merged]
     assert saves == sorted(saves)
+
+
+def test_deferred_logs_that_a_user_adds_stay_unchanged():
+    @dataclass(frozen=True)
+    class LogPicture(DeferredLog):
+        update: int
+
+    pictures, iteration = [LogPicture(1), LogPicture(2)], TrainingIteration(update=2)
+    text = LogUpdateText(iteration, AfterUpdate(), LogText("half"))
+    rows = LogUpdates((UpdateScalars(iteration, AfterUpdate(), FrozenDict(x=1)),))
+    assert merge_effects(pictures) == (*pictures,)
+    assert merge_effects([rows, pictures[0], text, pictures[1]]) == (*pictures, text, rows)
 
 
 def test_the_longer_retention_of_one_owner_wins():
