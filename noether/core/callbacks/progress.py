@@ -31,8 +31,8 @@ class ProgressCallback(PeriodicCallback):
     (`last`); total time; remaining time and end in UTC. The estimate leaves out the first interval because its updates
     are slower. Times are sums of the durations in the events, so a resumed run continues with them. If the end of the
     run is unknown, the line has neither percentage nor expected end. If the length of its epochs is unknown, both are
-    estimates from the epochs and updates so far. Where updates are short, the trainer writes a line up to a quarter of
-    a second later.
+    estimates from the epochs and updates so far. Where updates are short, the trainer writes the lines of a quarter of
+    a second together, so the last ones are missing if an update hangs or the process is killed.
 
     Args:
         every_n_epochs: Epochs between firings, >= 1.
