@@ -335,10 +335,12 @@ def _select(results: Mapping[str, Any], kind: str) -> dict[str, Any]:
 def _mean_losses(losses: Mapping[str, Any]) -> dict[str, Any]:
     """Return the mean over the batch of each loss, and the result `weighted` if one has a weight."""
     weights = loss_weights(losses)
-    means = {name: loss if isinstance(loss, Mean) else Mean(loss, weights.get(name)) for name, loss in losses.items()}
-    results: dict[str, Any] = {f"loss/{name}": mean for name, mean in means.items()}
-    if any(mean.weight is not None for mean in means.values()):
-        results["weighted"] = 1
+    results: dict[str, Any] = {}
+    for name, loss in losses.items():
+        mean = loss if isinstance(loss, Mean) else Mean(loss, weights.get(name))
+        results[f"loss/{name}"] = mean
+        if mean.weight is not None:
+            results["weighted"] = 1
     return results
 
 
