@@ -57,8 +57,8 @@ class UpdateScalars(NamedTuple):
     Args:
         iteration: The iteration after the update.
         event: Its event, without outputs and gradients.
-        values: Number or 0-dimensional tensor by metric key. Logs read and encode an object once, so rows with equal
-            values should have the same one.
+        values: Number or 0-dimensional tensor by metric key. Rows with equal values should share one object, because
+            logs read and encode each object only once.
     """
 
     iteration: TrainingIteration

@@ -71,7 +71,7 @@ class LrCallback(PeriodicCallback):
         return {self.name: FrozenDict()} if self._tracks else {}
 
     def track_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
-        """Remember the values of the last update, for a firing at the end of an epoch or of training."""
+        """Remember the values of the last update, to log them at the end of an epoch or of training."""
         return state.remember(self.name, _values_by_key(updates[-1].event, "optim/lr" in state.metrics)), ()
 
     def periodic_callback(self, state: TrainState, event: Event, interval: Interval) -> tuple[TrainState, Effects]:
@@ -81,7 +81,7 @@ class LrCallback(PeriodicCallback):
         return log(state, event, values) if values else (state, ())
 
     def fire_updates(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
-        """Log the values of each update; rows of equal values have the same object, which logs encode once."""
+        """Log the values of each update; rows with equal values share one object, which logs encode once."""
         rows: list[UpdateScalars] = []
         is_logged, before = "optim/lr" in state.metrics, None
         for iteration, event in updates:

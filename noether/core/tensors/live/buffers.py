@@ -142,10 +142,10 @@ def find_reshaped_buffers(model: nn.Module, saved: TrainState) -> set[str]:
     same = {
         name for name in live.keys() & before.keys() & saved.buffers.keys() if before[name] == constructed.get(name)
     }
-    late = {*changed_forms(saved).items(), *((name, _MISSING) for name in saved.non_persistent)}
+    changed = {*changed_forms(saved).items(), *((name, _MISSING) for name in saved.non_persistent)}
     paths = dict(named_modules(model)).keys()
     return same | {
-        name for name, form in late if constructed.get(name, _MISSING) == form and name.rpartition(".")[0] in paths
+        name for name, form in changed if constructed.get(name, _MISSING) == form and name.rpartition(".")[0] in paths
     }
 
 
@@ -317,18 +317,15 @@ class BufferPlaces:
 
 def register_forward_buffers(model: nn.Module, saved: TrainState) -> None:
     """Register, as None, the buffers of a saved state that the model registers at its first forward call."""
-    names, modules = (
-        find_reshaped_buffers(model, saved) - describe_constructed(model).keys(),
-        dict(named_modules(model)),
-    )
-    for name in sorted(names):
+    modules = dict(named_modules(model))
+    for name in sorted(find_reshaped_buffers(model, saved) - describe_constructed(model).keys()):
         path, _, key = name.rpartition(".")
         if key not in buffers_in(modules[path]):
             modules[path].register_buffer(key, None, persistent=name in saved.buffers)
 
 
 def _describe_places(model: nn.Module, digested: Collection[str]) -> dict[str, str]:
-    """Return the form of each buffer, of those in `digested` with a digest."""
+    """Return the form of each buffer, with a digest for those in `digested`."""
     forms = {}
     for path, module in named_modules(model):
         for key, buffer in buffers_in(module).items():
