@@ -87,17 +87,14 @@ class PeriodicCallback(CallbackBase):
     def _unused_hooks(self) -> Iterator[Problem]:
         """Yield a problem if the class defines a hook that would never be called."""
         several, single = self._definer_of("track_updates"), self._definer_of("track_after_update_step")
+        fires = self.overrides("fire_updates", PeriodicCallback)
         if issubclass(several, single) and single is not PeriodicCallback:
             where = "" if several is single else f", the latter in {single.__name__}"
             both = "track_updates and track_after_update_step"
             yield Problem("", f"{several.__name__} defines {both}{where}: keep one of them")
-        elif "can_defer" in vars(type(self)) and not self._tracks_deferred and not self._fires_deferred:
+        elif "can_defer" in vars(type(self)) and not (self._tracks_deferred or fires):
             label = type(self).__name__
             yield Problem("", f"{label} defines can_defer, called only before track_updates: define that, too")
-
-    @property
-    def _fires_deferred(self) -> bool:
-        return self._definer_of("fire_updates") is not PeriodicCallback
 
     @classmethod
     def _definer_of(cls, hook: str) -> type:
@@ -170,8 +167,8 @@ class PeriodicCallback(CallbackBase):
 
         A subclass may define it if one call for several updates does what a call for each of them, in order, would do.
         It may read its own memory and metrics, but nothing else of the state, and neither outputs nor gradients of the
-        events. It requests no effects: what is logged, a firing logs (see `fire_updates`). For deferred updates, a
-        reducer raises `CallbackError` if the call changes other fields of the state than memory and metrics. Where a
+        events. For deferred updates, it must request no effects, because firings log (see `fire_updates`), and change
+        nothing of the state but its memory and metrics; for any other change, a reducer raises `CallbackError`. Where a
         callback needs more, `can_defer` has to return False.
 
         Args:

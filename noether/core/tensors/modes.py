@@ -153,9 +153,6 @@ class ModeWatch:
         """Return a warning that names the modes that changed since the first call, or None.
 
         It compares the modes at the first call in each epoch, and warns only once.
-
-        Args:
-            epoch: Completed epochs.
         """
         if self.epoch == epoch:
             return None
