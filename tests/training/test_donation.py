@@ -288,6 +288,26 @@ def test_two_optimizers_may_take_turns_with_the_tensors_of_a_state():
     assert same(*results)
 
 
+@pytest.mark.parametrize("frozen", [("second.weight", "second.bias"), ()])
+def test_an_optimizer_may_train_other_parameters_of_a_donated_state_than_the_one_before(frozen):
+    model = Plain()
+    sgds = [
+        FunctionalOptimizer(torch.optim.SGD, {"lr": 0.1}, frozen=frozenset(each))
+        for each in (("first.weight", "first.bias"), frozen)
+    ]
+    results = []
+    for donate in (True, False):
+        steps = [
+            Step(model=model, loss=loss, optimizer=each, lr={"default": Constant(value=0.1)}, donate=donate)
+            for each in sgds
+        ]
+        state = initial_state(steps[0])
+        for number in range(8):
+            state, _ = steps[number // 2 % 2](state, [make_batch(number)])
+        results.append(dict(lease(state).params))
+    assert same(*results)
+
+
 def test_no_update_writes_to_a_copy(step):
     state = train(step, 3)
     snapshot = copy.copy(state.params)

@@ -40,7 +40,7 @@ def apply_gradients(
         donate: Whether to write to the tensors of a donated state, and to donate those of the new one.
     """
     present = {name: grad for name, grad in grads.items() if grad is not None}
-    model_tensors = ModelTensors.of(state, model) if donate else None
+    model_tensors = ModelTensors.of(state, model, optimizer) if donate else None
     if model_tensors is not None:
         if model_tensors.update(state, optimizer, present, settings):
             return model_tensors.donate_to(state, buffers)

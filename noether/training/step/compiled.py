@@ -78,7 +78,7 @@ class CompiledStep:
         """Return the state after the update and the event, or None if the plain step has to make it."""
         eager = self.eager
         settings = eager.settings_for(state)
-        model_tensors = ModelTensors.of(state, eager.model) if eager.donate else None
+        model_tensors = ModelTensors.of(state, eager.model, eager.optimizer) if eager.donate else None
         if model_tensors is None:
             params, opt_state = _copy(state.params), _copy(state.opt_state)
         else:
@@ -107,9 +107,13 @@ class CompiledStep:
 
     def _find_update(self, state: TrainState, *, observed: bool) -> CompiledUpdate | None:
         """Return the compiled update, or None if the plain step has to make the next update."""
-        if self._compiled is not None and not observed and ModelTensors.of(state, self.eager.model) is not None:
-            return self._compiled
         optimizer = self.eager.optimizer
+        if (
+            self._compiled is not None
+            and not observed
+            and ModelTensors.of(state, self.eager.model, optimizer) is not None
+        ):
+            return self._compiled
         reason = "a callback listens to accumulation steps" if observed else _obstacle(self.eager)
         trained = {name: state.params[name] for name in optimizer.trainable(state.params)}
         if reason is None and not optimizer.can_write(trained, state.opt_state, state.params):

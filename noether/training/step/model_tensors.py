@@ -66,16 +66,33 @@ class ModelTensors:
         )
         # The optimizer, the names of the gradients, and the function that writes an update for both.
         self._writer: tuple[FunctionalOptimizer, tuple[str, ...], Writer] | None = None
+        self._optimizer: FunctionalOptimizer | None = None  # the last one that `are_trained_by` was true for
         self._bind()
 
     @classmethod
-    def of(cls, state: TrainState, model: nn.Module) -> Self | None:
-        """Return the tensors of `model` that store params and optimizer memory of `state`, or None."""
+    def of(cls, state: TrainState, model: nn.Module, optimizer: FunctionalOptimizer) -> Self | None:
+        """Return the tensors of `model` that store params and optimizer memory of `state`, or None.
+
+        Args:
+            state: The state.
+            model: The architecture.
+            optimizer: Makes the next update; it has to train the same parameters as the one of the last update.
+        """
         params, opt_state = vars(state)["params"], vars(state)["opt_state"]  # a view is not donated: no need to read it
         if type(params) is not DonatedTree or type(opt_state) is not DonatedTree:
             return None
         owner = params.owner
-        return owner if isinstance(owner, cls) and owner.model is model and opt_state.owner is owner else None
+        if not isinstance(owner, cls) or owner.model is not model or opt_state.owner is not owner:
+            return None
+        return owner if owner.are_trained_by(optimizer) else None
+
+    def are_trained_by(self, optimizer: FunctionalOptimizer) -> bool:
+        """Return whether `optimizer` trains the parameters that have gradients here."""
+        if optimizer is not self._optimizer:
+            if optimizer.trainable(self.params) != tuple(self.leaves):
+                return False
+            self._optimizer = optimizer
+        return True
 
     def bind(self) -> None:
         """Prepare the model for a call: its parameters are the tensors."""

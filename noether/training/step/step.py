@@ -177,7 +177,7 @@ class Step:
             gradients = Gradients(accumulation.grads, accumulation.losses, buffers, sum(samples))
             return self.apply(state, gradients, tuple(accumulation.outputs), samples, times)
         if self._plain_update is not None and not state.extra_state:
-            tensors = ModelTensors.of(state, self.model)
+            tensors = ModelTensors.of(state, self.model, self.optimizer)
             if tensors is not None:
                 return self._plain_update(tensors, state, batches[0], samples)
         objectives = self._scale(state, _total)
@@ -278,7 +278,7 @@ class Step:
         times: PartTimes | None,
     ) -> BackwardResult:
         """Return gradients of the objectives, losses, outputs and new buffers."""
-        model_tensors = ModelTensors.of(state, self.model)
+        model_tensors = ModelTensors.of(state, self.model, self.optimizer)
         if model_tensors is not None:
             model_tensors.bind()
             self.buffers.place(buffers)
