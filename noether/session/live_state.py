@@ -9,7 +9,7 @@ from noether.core.tensors.live.extra_state import check_extra_state, modules_wit
 from noether.core.tensors.live.loading import find_problems, write_model, write_non_persistent
 from noether.core.tensors.live.views import PARTS, VIEWS, ModuleView, views_of
 from noether.core.tensors.live.weights import raise_mismatch
-from noether.core.tensors.module import named_buffers, non_persistent_names
+from noether.core.tensors.module import has_buffers, named_buffers, non_persistent_names
 from noether.core.tensors.tree import FrozenDict, clone_tensors
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ class LiveState:
     def copy_buffers(self) -> None:
         """Copy buffers and extra state, because the forward of an update may change them, as batch norm does."""
         # Each is copied: batch norm does not count its writes, so what changed is not known.
-        live, copies = named_buffers(self.model), self._copies
+        copies = self._copies
+        live = named_buffers(self.model) if copies or has_buffers(self.model) else {}
         if live.keys() == copies.keys() and all(map(_have_same_form, live.values(), copies.values())):
             for name, buffer in live.items():
                 copies[name].copy_(buffer)

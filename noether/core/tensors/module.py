@@ -87,6 +87,24 @@ def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     return _members_by_name(named_modules(model), buffers_in)
 
 
+def has_buffers(model: nn.Module) -> bool:
+    """Return whether a module of the model has a buffer, or a place for one; it takes less time than their names.
+
+    Example:
+        >>> has_buffers(torch.nn.Linear(2, 1)), has_buffers(torch.nn.Sequential(torch.nn.BatchNorm1d(2)))
+        (False, True)
+    """
+    modules, seen = [model], {id(model)}
+    for module in modules:  # grows while it is read
+        if buffers_in(module):
+            return True
+        for child in children_in(module).values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                modules.append(child)
+    return False
+
+
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that `model.state_dict()` has, by name, without the names of wrappers."""
     return _members_by_name(named_modules(model), _persistent_in)
