@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     Handler = Callable[[Any, TrainState, Event], None]
     Measure = Callable[[Any, TrainState, Event], Mapping[str, float]]
-    _MergedTypes = type[Effect] | tuple[type[Effect], ...]
+    _MergedTypes = tuple[type[Effect], ...]
 
 _Handler = TypeVar("_Handler", bound="Callable[..., None]")
 
@@ -350,14 +350,14 @@ def _merge_checkpoints(effects: Sequence[SaveCheckpoint]) -> Iterator[SaveCheckp
 
 
 _MERGES: Final[Mapping[_MergedTypes, Callable[[Any], Iterable[Effect]]]] = {
-    ShowProgress: _choose_progress,
+    (ShowProgress,): _choose_progress,
     (LogUpdates, LogUpdateText): _merge_updates,
-    LogScalars: _merge_scalars,
-    SetSummary: _merge_summary,
-    SaveTensors: _merge_tensors,
-    SaveCheckpoint: _merge_checkpoints,
+    (LogScalars,): _merge_scalars,
+    (SetSummary,): _merge_summary,
+    (SaveTensors,): _merge_tensors,
+    (SaveCheckpoint,): _merge_checkpoints,
 }
-"""How effects are merged, by their type or types, in the order in which they run, after all others."""
+"""How effects are merged, by their types, in the order in which they run, after all others."""
 
 
 def unite_saves(effects: Iterable[Effect]) -> list[SaveCheckpoint]:
