@@ -111,6 +111,20 @@ def check_updates(ranks, params, sharding, kind):
     assert addresses[3] != addresses[4]
 
 
+def check_thaw(sharding, params):
+    """Check that an optimizer which trains more parameters than the one before writes to no state that is kept."""
+    sgds = [FunctionalOptimizer(torch.optim.SGD, {"lr": 0.1}, frozen=frozenset(each)) for each in (["a"], [])]
+    state = place_state(TrainState(params=params, opt_state=sgds[0].init(params)), sharding)
+    for optimizer in (sgds[0], sgds[0], sgds[1]):
+        kept = lease(state)
+        before = {name: local_part(param).clone() for name, param in kept.params.items()}
+        grads = {name: local_part(kept.params[name]) + 1 for name in optimizer.trainable(params)}
+        how = {"sharding": sharding, "optimizer": optimizer, "donate": True}
+        state = apply_to_shards(state, grads, {"default": {"lr": 0.1}}, {}, **how)
+        assert all(same_tensors(local_part(kept.params[name]), value) for name, value in before.items())
+    assert not same_tensors(local_part(state.params["a"]), local_part(kept.params["a"]))
+
+
 def check_everything():
     ranks = join(timeout_s=60)
     params = make_tensors(0)
@@ -120,6 +134,7 @@ def check_everything():
     check_sums(ranks, params, sharding)
     for kind in OPTIMIZERS:
         check_updates(ranks, params, sharding, kind)
+    check_thaw(sharding, {name: params[name] for name in ("a", "b")})
 
 
 def test_shards_are_updated_like_whole_parameters():

@@ -131,7 +131,7 @@ class Shards:
     def __init__(
         self, sharding: Sharding, trainable: tuple[str, ...], params: Mapping[str, Tensor], opt_state: Mapping[str, Any]
     ) -> None:
-        self._sharding = sharding
+        self._sharding, self._trainable = sharding, trainable
         self._local_params = dict(params)
         self._local_memory = {**opt_state, "state": {name: dict(each) for name, each in opt_state["state"].items()}}
         self._wrap()
@@ -161,6 +161,8 @@ class Shards:
         """Return whether `optimizer` can write an update with these gradients."""
         if self._has_writer(optimizer, tuple(grads)):
             return True
+        if optimizer.trainable(self._local_params) != self._trainable:  # the others may be held elsewhere
+            return False
         return optimizer.can_write(grads, self._local_memory, self._local_params)
 
     def write(
