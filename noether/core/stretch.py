@@ -135,6 +135,28 @@ class Stretch:
             effects, updates = self._requests.pop(0)
             self._interpret(effects, state, updates)
 
+    def finish_after(self, error: BaseException, state: TrainState) -> TrainState | None:
+        """Call the callbacks for all deferred updates and run the effects, as an error ends the run.
+
+        Args:
+            error: The error. Notes on it say what failed here.
+            state: As for `call_callbacks`.
+
+        Returns:
+            The state after the callbacks; None if one of them failed.
+        """
+        try:
+            state = self.call_callbacks(state)
+        except BaseException as failed:  # noqa: BLE001  # the error that is reported, or one that follows from it
+            error.add_note(f"the state is not saved, as callbacks failed for its last updates: {failed!r}")
+            self._updates.clear()
+            return None
+        try:
+            self.run_effects(state)
+        except Exception as failed:  # noqa: BLE001  # the error that is reported came first
+            error.add_note(f"the last updates before it are not logged: {failed!r}")
+        return state
+
     def _would_exceed_limits(self, event: AfterUpdate) -> bool:
         if not self._updates:
             return event.duration_s >= self._max_s

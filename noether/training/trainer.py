@@ -228,18 +228,8 @@ class Trainer:
         """Call `fail` for an error, after the callbacks and the logs of deferred updates."""
         at = AfterUpdate.of(run=self.run, time_s=self.clock.wall_s()) if event is None else event
         settled = _settle(settled, state, event)
-        try:  # for the logs, even if nothing is saved
-            after = stretch.call_callbacks(state if settled is None else settled)
-        except BaseException as failed:  # noqa: BLE001  # the error that is reported, or one that follows from it
-            error.add_note(f"the state is not saved, as callbacks failed for its last updates: {failed!r}")
-            settled = None
-        else:
-            settled = None if settled is None else after
-            try:
-                stretch.run_effects(after)
-            except Exception as failed:  # noqa: BLE001  # the error that is reported came first
-                error.add_note(f"the last updates before it are not logged: {failed!r}")
-        self.fail(error, settled, state, at)
+        after = stretch.finish_after(error, state if settled is None else settled)  # logs, even if nothing is saved
+        self.fail(error, None if settled is None else after, state, at)
 
     def _stop_together(self, state: TrainState) -> None:
         """Make sure that all ranks leave the loop, if a callback stops it."""
