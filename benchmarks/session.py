@@ -17,6 +17,7 @@ from torch import nn
 
 import noether
 from benchmarks.measurement import Table, markdown_option, quartiles, ratios, show, take_turns
+from noether.core.effect import LogUpdates
 from noether.effects import Interpreter
 from noether.examples.digits import ConvNet
 
@@ -48,7 +49,8 @@ def train(make: Callable[[], nn.Module], batches: list[Batch], *, in_session: bo
     torch.manual_seed(0)
     model = make()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    callback, drop_effects = noether.OnlineLossCallback(every_n_epochs=1), Interpreter({noether.LogScalars: ()})
+    drop_effects = Interpreter({noether.LogScalars: (), LogUpdates: ()})
+    callback = noether.OnlineLossCallback(every_n_epochs=1)
     session = noether.Session(callback, model=model, optimizer=optimizer, max_epochs=1, interpreter=drop_effects)
     loop: Iterable[Batch] = session.batches(batches) if in_session else batches
     start_s = time.perf_counter()
@@ -79,8 +81,8 @@ def measure(make: Callable[[], nn.Module], batches: list[Batch], rounds: int) ->
 
 
 @click.command(help=__doc__)
-@click.option("--rounds", default=20, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
-@click.option("--updates", default=100, show_default=True, type=click.IntRange(min=1), help="Updates in each round.")
+@click.option("--rounds", default=10, show_default=True, type=click.IntRange(min=2), help="Rounds measured.")
+@click.option("--updates", default=200, show_default=True, type=click.IntRange(min=1), help="Updates in each round.")
 @markdown_option
 def main(rounds: int, updates: int, *, markdown: bool) -> None:
     """Measure and print the table."""

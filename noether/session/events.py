@@ -6,12 +6,13 @@ import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
-from noether.core.callback import leaves_of, listens_to
+from noether.core.callback import leaves_of
 from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate, BeforeTraining
 from noether.core.loop import dispatch, updates_in_epoch
 from noether.core.pending import take_pending
 from noether.core.progress import show_progress_on
 from noether.core.run import Run
+from noether.core.stretch import Stretch
 from noether.core.tensors.module import move_to_model
 from noether.core.tensors.tree import FrozenDict
 from noether.effects.run_ending import save_end
@@ -45,11 +46,6 @@ _LOGGER: Final = logging.getLogger(__name__)
 class SessionEvents(SessionState):
     """Dispatches the events of a session; `Session` reports the updates."""
 
-    @property
-    def listens_to_micro_batches(self) -> bool:
-        """Whether a callback listens to `AfterAccumulationStep`."""
-        return listens_to(self._reducer, AfterAccumulationStep)
-
     def load(self, saved: TrainState | None = None) -> bool:
         """Take up the state to resume, without an event; `begin` does it if it was not called before.
 
@@ -67,15 +63,15 @@ class SessionEvents(SessionState):
             KeyError: If the model does not have the parameters of the saved state.
             CheckpointError: If the directory holds checkpoints, and none of them can be resumed.
         """
+        self._finish_stretch()
         if saved is None and self._directory is not None and not self._remembers:
             saved = self._exchange.load(self._directory)
         if saved is None:
             return False
         saved = self._take_generators(saved)
         self._live.load(saved)
-        for memory in (self._scheduler, self._scaler):
-            if memory is not None:
-                memory.restore(saved)
+        for memory in self._live_memories:
+            memory.restore(saved)
         self._state, self._remembers = saved, True
         return True
 
@@ -121,16 +117,14 @@ class SessionEvents(SessionState):
             samples_per_epoch=samples_per_epoch,
             effective_batch_size=effective_batch_size,
         )
+        self._finish_stretch()
         if self._micro_batches:  # an exception ended the loop inside of an update
             self._state, self._micro_batches = self._settled, []
         self._model_status, self._current_dispatch, self._recorded_error = "settled", None, None
         self._has_begun = self._has_left = False
         loaded, resumed = self.load(), self._remembers
         time_s = self._exchange.begin(self._clock.wall_s(), self._state, self.run, self._reducer)
-        if resumed and self._scheduler is not None:
-            self._scheduler.check_groups()
-        if resumed and self._scaler is not None and not self._scaler.is_current(self._state):
-            self._scaler.restore(self._state)  # not every framework does
+        self._recall_live_memories(resumed=resumed)
         if self._directory is not None:
             self._begin_in(self._directory, self._state if resumed else None)
         was_full = self._position is not None and self._position == self._state.lengths.get("updates_per_epoch")
@@ -146,6 +140,7 @@ class SessionEvents(SessionState):
             self._steps_before = self._optimizer.steps
         self._state = self._state.replace(lengths=FrozenDict(known_lengths(self.run)))
         self._live.apply_lr_scale(self._state)
+        self._stretch = Stretch(self._reducer, self._record.count_time(self._interpreter))
         self._dispatch(self._state, BeforeTraining, resumed=resumed, time_s=time_s)
         if self._state.pending is not None:
             state, readings = take_pending(self._state)
@@ -157,6 +152,15 @@ class SessionEvents(SessionState):
         self._warn_if_ended()
         self.stopwatch.read()
         return loaded
+
+    def _recall_live_memories(self, *, resumed: bool) -> None:
+        """Note what the state remembers of scheduler and scaler, and compare a resumed run with them."""
+        for memory in self._live_memories:
+            memory.recall(self._state)
+        if resumed and self._scheduler is not None:
+            self._scheduler.check_groups()
+        if resumed and self._scaler is not None and not self._scaler.is_current():
+            self._scaler.restore(self._state)  # not every framework does
 
     def _begin_in(self, directory: RunDirectory, saved: TrainState | None) -> None:
         directory.exit.add(self.leave_directory)
@@ -275,7 +279,7 @@ class SessionEvents(SessionState):
         if not self._state.ended:
             self._seed_event("end of training")
             time_s = self._exchange.sync_ranks("after training", self._clock.wall_s())
-            self._dispatch(self._state.replace(ended=True), AfterTraining, time_s=time_s)
+            self._dispatch(self.state.replace(ended=True), AfterTraining, time_s=time_s)
         if self._directory is not None:
             self._directory.wait()
             final = self._live.view(self._state)
@@ -296,9 +300,9 @@ class SessionEvents(SessionState):
         Raises:
             SessionError: If it was.
         """
-        if self._scheduler is not None and not self._micro_batches and not self._scheduler.is_current(self._state):
+        if self._scheduler is not None and not self._micro_batches and not self._scheduler.is_current():
             raise SessionError("the scheduler was stepped after session.update(...): call scheduler.step() before it")
-        if self._scaler is not None and not self._micro_batches and not self._scaler.is_current(self._state):
+        if self._scaler is not None and not self._micro_batches and not self._scaler.is_current():
             raise SessionError("the scaler was updated after session.update(...): call scaler.update() before it")
 
     @property
@@ -344,7 +348,7 @@ class SessionEvents(SessionState):
         self._seed_event("end of epoch")
         self._note_generators()
         time_s = self._exchange.sync_ranks(f"after epoch {self._state.iteration.epoch + 1}", self._clock.wall_s())
-        self._dispatch(self._state.next_epoch(), AfterEpoch, time_s=time_s)
+        self._dispatch(self.state.next_epoch(), AfterEpoch, time_s=time_s)
         self._note_generators()
 
     def _seed_event(self, purpose: str) -> None:
@@ -355,10 +359,14 @@ class SessionEvents(SessionState):
     def _dispatch(
         self, state: TrainState, event_type: type[Event], *, time_s: float | None = None, **readings: Any
     ) -> None:
-        event = event_type.of(run=self.run, time_s=self._clock.wall_s() if time_s is None else time_s, **readings)
+        time_s = self._clock.wall_s() if time_s is None else time_s
+        self._dispatch_event(state, event_type.of(run=self.run, time_s=time_s, **readings))
+
+    def _dispatch_event(self, state: TrainState, event: Event) -> None:
         before = self._live.view(state)
         self._current_dispatch = before, event
-        try:
+        with self._record_failures():
+            self._stretch.run_effects(before)
             interpreter = self._record.count_time(self._interpreter)
             if self._generators is not None:
                 interpreter = self._generators.with_states(interpreter)
@@ -366,9 +374,6 @@ class SessionEvents(SessionState):
                 after = dispatch(before, event, self._reducer, interpreter)
             model_status, self._model_status = self._model_status, "partly written"
             after = self._live.write_changes(before, after)
-        except Exception as error:
-            self.record_failure(error)
-            raise
         self._state, self._current_dispatch = after, None
-        self._model_status = model_status if event_type is AfterAccumulationStep else "settled"
+        self._model_status = model_status if type(event) is AfterAccumulationStep else "settled"
         self.stopwatch.wait_begins()  # the time of the callbacks was no wait for data

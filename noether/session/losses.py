@@ -60,6 +60,8 @@ def named_losses(losses: ReportedLosses) -> Losses:
         >>> named_losses(0.5)
         FrozenDict({'total': 0.5})
     """
+    if isinstance(losses, Tensor):  # the common case
+        return FrozenDict(total=_detach("total", losses))
     if not isinstance(losses, Mapping):
         losses = {"total": losses}
     elif "total" in losses and len(losses) > 1:
@@ -68,7 +70,7 @@ def named_losses(losses: ReportedLosses) -> Losses:
             f"'total' is reported beside {others}, whose sum the session adds as 'total': leave 'total' out in "
             "session.update(losses) and session.micro_batch(losses)"
         )
-    if Mean not in map(type, losses.values()):  # the common case
+    if Mean not in map(type, losses.values()):
         return with_total({name: _detach(name, loss) for name, loss in losses.items()}, _NO_WEIGHTS)
     separated = separate_weights(losses)
     return with_total({name: _detach(name, loss) for name, loss in separated.items()}, separated.weights)
@@ -81,9 +83,9 @@ def _detach(name: Any, loss: Any) -> Any:
         if loss.dtype is torch.bool or loss.is_complex():
             raise TypeError(f"loss {name!r} has dtype {loss.dtype}: report a real number")
         if loss.dim() == 0:
-            return loss.detach()
+            return loss.detach().clone()  # a loop may write the next loss into the same tensor
         if loss.numel() == 1:
-            return loss.detach().reshape(())
+            return loss.detach().reshape(()).clone()
         raise TypeError(f"loss {name!r} has shape {tuple(loss.shape)}: report its mean over samples, loss.mean()")
     if isinstance(loss, (np.floating, np.integer)):
         return loss.item()

@@ -99,7 +99,8 @@ class OptimizerWatch:
             hook.remove()
 
     def _before(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
-        self._restore_lr()  # if the step before this one raised
+        if self._unscaled:  # the step before this one raised
+            self._restore_lr()
         self._rates = self._read_rates()
         closure = arguments[1] if len(arguments) > 1 else keywords.get("closure")
         if not self._is_measured_early:
@@ -113,7 +114,8 @@ class OptimizerWatch:
                 group["lr"] = group["lr"] * self.lr_scale
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
-        self._restore_lr()
+        if self._unscaled:
+            self._restore_lr()
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return

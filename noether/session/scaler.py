@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, final
 
-from noether.core.event import AfterUpdate, Event
 from noether.core.tensors.memory import GRAD_SCALER
 from noether.core.tensors.tree import FrozenDict, freeze, pack, unpack
 from noether.session.errors import SessionError
+from noether.session.live_memory import LiveMemory
 from noether.session.loader import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from noether.core.callback import Effects
-    from noether.core.state import Memory, TrainState
+    from noether.core.state import TrainState
 
 
 @final
-class ScalerMemory:
+class ScalerMemory(LiveMemory):
     """A member of a reducer that keeps the scale of a live gradient scaler in the state, so that a checkpoint holds it.
 
     A `Session` takes the scaler itself. In a loop that calls `dispatch`, `memory = ScalerMemory(scaler)` is the first
@@ -36,21 +33,9 @@ class ScalerMemory:
         (8.0, 2)
     """
 
-    produces: tuple[str, ...] = ()
-
     def __init__(self, scaler: Any) -> None:
         self._scaler = scaler
-
-    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        """Return the state that remembers the scale."""
-        return (state.remember(GRAD_SCALER, self._read()), ()) if isinstance(event, AfterUpdate) else (state, ())
-
-    def init(self, state: TrainState) -> Mapping[str, Memory]:  # noqa: ARG002  # as for every callback
-        """Return the scale at which the scaler starts."""
-        return {GRAD_SCALER: self._read()}
-
-    def _listens(self, event_type: type[Event]) -> bool:
-        return issubclass(event_type, AfterUpdate)
+        super().__init__(GRAD_SCALER)
 
     def restore(self, state: TrainState) -> None:
         """Write the scale that a state remembers into the scaler.
@@ -73,13 +58,13 @@ class ScalerMemory:
         if saved:
             self._scaler.load_state_dict(unpack(saved))
 
-    def is_current(self, state: TrainState) -> bool:
-        """Return whether the scaler was not updated since `state` remembered its scale."""
-        return bool(self._read() == state.callback_states.get(GRAD_SCALER, self._read()))
+    def is_current(self) -> bool:
+        """Return whether the scaler was not updated since its scale was noted."""
+        return bool(self._read() == self._noted)
 
-    def has_lowered(self, state: TrainState) -> bool:
-        """Return whether the scale is lower than the one that `state` remembers: gradients were not finite."""
-        before = state.callback_states.get(GRAD_SCALER, {}).get("scale")
+    def has_lowered(self) -> bool:
+        """Return whether the scale is lower than the one that was noted: gradients were not finite."""
+        before = self._noted.get("scale")
         return before is not None and bool(self._scaler.get_scale() < before)
 
     def _read(self) -> FrozenDict:

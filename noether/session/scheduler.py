@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, final
 
-from noether.core.event import AfterUpdate, Event
 from noether.core.tensors.live.weights import raise_mismatch
 from noether.core.tensors.tree import FrozenDict, freeze, pack, unpack
 from noether.session.errors import SessionError
+from noether.session.live_memory import LiveMemory
 
 if TYPE_CHECKING:
-    from noether.core.callback import Effects
-    from noether.core.state import Memory, TrainState
+    from noether.core.state import TrainState
 
 MEMORY: Final = "lr_scheduler"
 _ITEMS: Final = "__items__"
 
 
 @final
-class SchedulerMemory:
+class SchedulerMemory(LiveMemory):
     """A member of a reducer that keeps the position of a live scheduler in the state, so that a checkpoint holds it.
 
     Args:
@@ -39,30 +38,18 @@ class SchedulerMemory:
         (0, FrozenDict({'__items__': ((30, 1), (80, 1))}))
     """
 
-    produces: tuple[str, ...] = ()
-
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = NamedSchedulers(scheduler) if isinstance(scheduler, Mapping) else scheduler
-
-    def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
-        """Return the state that remembers the scheduler's position."""
-        return (state.remember(MEMORY, self._position()), ()) if isinstance(event, AfterUpdate) else (state, ())
-
-    def init(self, state: TrainState) -> Mapping[str, Memory]:  # as for every callback
-        """Return the position at which the scheduler starts."""
-        return {MEMORY: self._position()}
-
-    def _listens(self, event_type: type[Event]) -> bool:
-        return issubclass(event_type, AfterUpdate)
+        super().__init__(MEMORY)
 
     def restore(self, state: TrainState) -> None:
         """Write the position that a state remembers into the scheduler."""
         if MEMORY in state.callback_states:
             self._scheduler.load_state_dict(self.state_dict(state))
 
-    def is_current(self, state: TrainState) -> bool:
-        """Return whether the scheduler was not stepped since `state` remembered its position."""
-        scheduler, memory = self._scheduler, state.callback_states.get(MEMORY, {})
+    def is_current(self) -> bool:
+        """Return whether the scheduler was not stepped since its position was noted."""
+        scheduler, memory = self._scheduler, self._noted
         if isinstance(scheduler, NamedSchedulers):
             return all(_is_at(each, memory.get(name, {})) for name, each in scheduler.members.items())
         return _is_at(scheduler, memory)
@@ -90,7 +77,7 @@ class SchedulerMemory:
         merged: dict[str, Any] = _merge(self._scheduler.state_dict(), position(state))
         return merged
 
-    def _position(self) -> FrozenDict:
+    def _read(self) -> FrozenDict:
         packed: FrozenDict = freeze(pack("the scheduler", _encode_keys(self._scheduler.state_dict())))
         return packed
 

@@ -76,6 +76,10 @@ class Session(SessionUpdates):
     With a directory, the session prints a panel as the run begins, and another one as it ends, or at the end of the
     `with` block of the directory. `open_run(path, console=...)` sends both to another console.
 
+    Where no callback is due, up to 100 updates are deferred, for a quarter of a second at most: the callbacks that count
+    or log them are called once for all, before anything reads their memory. `state` calls them, so a loop that reads it
+    at each update defers none.
+
     A framework's loop calls `begin`, `batch_arrived`, `micro_batch`, `update`, `end_epoch` and `end` itself.
 
     Args:

@@ -6,9 +6,11 @@ import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from noether.core.event import AfterEpoch, AfterTraining, AfterUpdate
+from noether.core.callback import listens_to
+from noether.core.event import AfterAccumulationStep, AfterEpoch, AfterTraining, AfterUpdate
 from noether.core.pending import set_pending
 from noether.core.state import TrainState
+from noether.core.stretch import Stretch
 from noether.effects.checkpoints.listing import CheckpointError
 from noether.effects.checkpoints.state_codec import decode_state, encode_state
 from noether.effects.run_ending import record_failure, save_interrupted
@@ -76,8 +78,11 @@ class SessionState:
         self.stopwatch = Stopwatch(clock.elapsed_s)
         self._reducer, self._live, self._optimizer = reducer, live, live.optimizer
         self._scheduler, self._scaler = scheduler, scaler
+        self._live_memories = [memory for memory in (scheduler, scaler) if memory is not None]
         self._interpreter, self._directory, self._clock = interpreter, directory, clock
         self._record = LoopRecord(directory, clock)
+        self._stretch = Stretch(reducer, interpreter)
+        self._listens_to_micro_batches = listens_to(reducer, AfterAccumulationStep)
         self._state = TrainState(seed=seed)
         self._remembers = False
         self.has_equal_batches = False
@@ -106,7 +111,8 @@ class SessionState:
 
     @property
     def state(self) -> TrainState:
-        """The state; it views the live model and optimizer."""
+        """The state; it views the live model and optimizer. To read it calls the callbacks for deferred updates."""
+        self._finish_stretch()
         return self._state
 
     @property
@@ -128,7 +134,10 @@ class SessionState:
     @property
     def steps(self) -> int:
         """The number of steps that the optimizer made since the last update."""
-        return 0 if self._optimizer is None else self._optimizer.steps - self._steps_before
+        return self._count_steps() - self._steps_before
+
+    def _count_steps(self) -> int:
+        return 0 if self._optimizer is None else self._optimizer.steps
 
     @property
     def settled_state(self) -> TrainState | None:
@@ -139,6 +148,8 @@ class SessionState:
         a resume. If the event of an update was cut short, the state has its readings as `pending`, and the resumed run
         dispatches it again.
         """
+        if self._current_dispatch is None:
+            self._finish_stretch()
         state, event = self._current_dispatch or (self._state, None)
         between_epochs = (
             isinstance(event, (AfterEpoch, AfterTraining))
@@ -147,8 +158,8 @@ class SessionState:
         if self._model_status == "partly written" or not (between_epochs or self.resumes_within_epochs):
             return None
         if isinstance(event, AfterUpdate):
-            for memory in (self._scheduler, self._scaler):
-                state = state if memory is None else memory(state, event)[0]
+            for memory in self._live_memories:
+                state, _ = memory(state, event)
             return set_pending(state, event)
         if self._model_status == "settled":
             return self._with_generators(self._live.view(self._state))
@@ -156,6 +167,31 @@ class SessionState:
             return None
         before = self._settled if self._micro_batches else self._state
         return self._with_generators(self._live.view_before_update(before))
+
+    def _finish_stretch(self) -> None:
+        """Call the callbacks for deferred updates, and run their effects: `_state` lacks these updates until then."""
+        self._call_deferred_callbacks()
+        with self._record_failures():
+            self._stretch.run_effects(self._state)
+
+    def _call_deferred_callbacks(self) -> None:
+        """Call the callbacks for deferred updates; `run_effects` of the stretch has to follow."""
+        with self._record_failures():
+            self._take(self._stretch.call_callbacks(self._state))
+
+    def _take(self, state: TrainState) -> None:
+        """Take the state after the callbacks for deferred updates, which also is that before the current update."""
+        if state is not self._state:
+            self._state = self._settled = state
+
+    @contextmanager
+    def _record_failures(self) -> Iterator[None]:
+        """Return a context that records an exception of a callback or a handler."""
+        try:
+            yield
+        except Exception as error:
+            self.record_failure(error)
+            raise
 
     def remember_generators(self, loader: Any = None, **of_framework: Any) -> None:
         """Save the states of random generators in every checkpoint: a framework's loop draws from them.
@@ -213,12 +249,21 @@ class SessionState:
         if self._recorded_error is error or self.run.rank != 0:
             return
         self._recorded_error = error
+        settled = self._settle_after(error)
         if self._directory is None or not self._directory.is_open:
             return
         if self._has_begun:  # before, there is nothing to save
-            record_failure(error, self._directory, self.settled_state, at, self._interpreter)
+            record_failure(error, self._directory, settled, at, self._interpreter)
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
         self._record_end("failed", f"failed at {at[0].iteration}: {reason}", at[0])
+
+    def _settle_after(self, error: Exception) -> TrainState | None:
+        """Return the settled state after an error and the calls for deferred updates; None if there is none."""
+        after = self._stretch.finish_after(error, self._state)
+        if after is None:
+            return None
+        self._take(after)
+        return self.settled_state
 
     @contextmanager
     def save_where_it_ends(self) -> Iterator[None]:
@@ -241,7 +286,7 @@ class SessionState:
             reason: What stopped the loop, as a sentence.
         """
         self._has_left = True
-        self._record_end("stopped", f"ended at {self._state.iteration}: {reason}", self._state)
+        self._record_end("stopped", f"ended at {self._state.iteration}: {reason}", self.state)
 
     def _record_end(self, status: Status, ending: str, at: TrainState) -> None:
         """Write to `summary.json` and to the console how the run ended; a no-op without an open directory."""
@@ -261,7 +306,7 @@ class SessionState:
         elif error is not None or self.seeds_loop:  # of a loop over `batches`, the iterator may be suspended
             self.leave()
         elif not self._has_left:  # the loop has not, or is that of a framework, which may train on in another process
-            self._record_end("interrupted", f"interrupted at {self._state.iteration}", self._state)
+            self._record_end("interrupted", f"interrupted at {self._state.iteration}", self.state)
 
     def _warn_if_ended(self) -> None:
         """Say that a resumed run has nothing left to train, and how it would continue."""
@@ -280,7 +325,7 @@ class SessionState:
         if not self._has_begun or self._state.ended or self._recorded_error is not None or self._has_left:
             return
         self._has_left = True
-        at, settled = self._state.iteration, self.settled_state
+        settled, at = self.settled_state, self._state.iteration
         if self.ranks.are_several:
             self.ranks.failures.report(SessionError(f"the loop was left at {at}, before the end of the run"))
         if self.run.rank != 0:
@@ -317,7 +362,7 @@ class SessionState:
 
     def close(self) -> None:
         """Stop watching the optimizer, and write where the time went."""
-        self._record.pause(self._state, self.run)
+        self._record.pause(self.state, self.run)
         if self._optimizer is not None:
             self._optimizer.release()
 
@@ -329,7 +374,7 @@ class SessionState:
         Returns:
             Plain values and tensors, which torch reads back with `weights_only=True`.
         """
-        state = self._live.view_before_update(self._settled) if self._micro_batches else self._state
+        state = self._live.view_before_update(self._settled) if self._micro_batches else self.state
         return encode_state(state if self._generators is None else state.remember(MEMORY, self._generators.read()))
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -338,5 +383,6 @@ class SessionState:
         Raises:
             ValueError: If `saved` is not a result of `state_dict`.
         """
+        self._finish_stretch()
         self._state = self._take_generators(decode_state(saved))
         self._remembers = True

@@ -68,14 +68,12 @@ class SessionUpdates(SessionEvents):
         """
         if samples is not None:
             check_fields(AfterAccumulationStep, {"samples": samples})
+            self.has_equal_batches = self.has_equal_batches and self._loop is None
         batch = None if self._loop is None else self._loop.report()
-        self.has_equal_batches = self.has_equal_batches and (samples is None or self._loop is None)
         if samples is None:
             if self._loop is None:
                 raise SessionError("outside of session.batches(loader), the batch is not known: pass samples=")
             samples = self.run.count_samples(batch)
-        if of is None:
-            of = 1 if self._loop is None else self._loop.accumulation_steps
         if not self._micro_batches:
             self._settled, self._steps_with_samples = self._state, 0
         losses = named_losses(losses) if samples else FrozenDict()  # the mean over no samples is NaN
@@ -85,7 +83,9 @@ class SessionUpdates(SessionEvents):
         micro_batch = MicroBatch(samples=samples, losses=losses, outputs=outputs)
         self._micro_batches.append(micro_batch)
         self.stopwatch.step_made()
-        if self.listens_to_micro_batches:
+        if self._listens_to_micro_batches:
+            if of is None:
+                of = 1 if self._loop is None else self._loop.accumulation_steps
             self._dispatch_micro_batch(micro_batch, of)
 
     def measure_gradients(self, optimizer: Optimizer | None = None, *, scale: float | None = None) -> None:
@@ -184,35 +184,47 @@ class SessionUpdates(SessionEvents):
             SettingsError: If a reading is not what `AfterUpdate` documents.
         """
         times = {"forward_s": forward_s, "backward_s": backward_s, "optimizer_s": optimizer_s}
-        given = {"skipped": skipped, "grad_norm": grad_norm, "finite": finite, **times}
-        check_fields(AfterUpdate, {name: value for name, value in given.items() if value is not None})
+        readings = {"skipped": skipped, "grad_norm": grad_norm, "finite": finite, **times}
+        if given := {name: value for name, value in readings.items() if value is not None}:
+            check_fields(AfterUpdate, given)
         if losses is not None:
             self.micro_batch(losses, outputs=outputs, samples=samples)
         self._check_update()
         counted, self._micro_batches = [each for each in self._micro_batches if each.samples], []
         reported = mean_losses(counted) if mean is None or not counted else named_losses(mean)
-        known = self._read_update(counted, reported, skipped=skipped, finite=finite) | times
+        known = self._read_update(counted, reported, skipped=skipped, finite=_copy(finite)) | times
         if grad_norm is not None or known["skipped"]:
-            known["grad_norm"] = grad_norm
+            known["grad_norm"] = _copy(grad_norm)
         if self.ranks.are_several:
             known |= self._reduce_update(counted, known, None if mean is None else reported)
         if known["skipped"]:
             known["gradients"] = None
         if not known["samples"]:
             self._warn_of_empty_update()
-        state = self._state.advance(samples=known["samples"], epoch_batches=self._epoch_batches)
-        self._dispatch(state, AfterUpdate, **known)
-        self._steps_before += self.steps
+        self._count_update(AfterUpdate.of(run=self.run, **{"time_s": self._clock.wall_s(), **known}))
+        self._steps_before = self._count_steps()
         if self._optimizer is not None:
             self._optimizer.end_update()
         self._warn_of_changes()
+
+    def _count_update(self, event: AfterUpdate) -> None:
+        """Count an update, and dispatch its event or defer it."""
+        state = self._state.advance(samples=event.samples, epoch_batches=self._epoch_batches)
+        if self.ranks.are_several or not self._stretch.defer(state, event):
+            self._call_deferred_callbacks()
+            self._dispatch_event(self._state.advance(samples=event.samples, epoch_batches=self._epoch_batches), event)
+            return
+        for memory in self._live_memories:
+            memory.note()
+        self._state, self._model_status = state, "settled"
+        self.stopwatch.wait_begins()
 
     def _read_update(
         self, counted: list[MicroBatch], reported: Losses, *, skipped: bool | None, finite: Tensor | bool | None
     ) -> dict[str, Any]:
         """Return the readings of this rank that the loop does not have to report."""
         if skipped is None:
-            lowered = self._scaler is not None and self._scaler.has_lowered(self._state)
+            lowered = self._scaler is not None and self._scaler.has_lowered()
             skipped = is_skipped(self._optimizer, self.steps, reported, lowered=lowered)
         skipped = skipped or not reported
         measured = {} if self._optimizer is None else self._optimizer.readings
@@ -253,6 +265,8 @@ class SessionUpdates(SessionEvents):
     def _warn_of_changes(self) -> None:
         """Warn of state of the model that an update changed and that no checkpoint has."""
         epoch = self._state.iteration.epoch
+        if epoch == self._mode_watch.epoch and self._model_watch.is_done:
+            return
         for changes in (self._model_watch.describe_changes(), self._mode_watch.describe_changes(epoch)):
             if changes is not None:
                 warn(changes)
@@ -266,3 +280,8 @@ class SessionUpdates(SessionEvents):
         if per_epoch is not None and self._position == per_epoch:
             reason = f"epoch {self._state.iteration.epoch} has more updates than updates_per_epoch={per_epoch}"
             self._forget_lengths(Contradiction(reason))
+
+
+def _copy(value: Any) -> Any:
+    """Return a reading, a tensor as a copy: a loop may write the next reading into the same tensor."""
+    return value.detach().clone() if isinstance(value, Tensor) else value

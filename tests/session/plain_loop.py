@@ -116,26 +116,28 @@ class Loop:
                 **self.settings,
             )
             self.batches = session.batches(loader, **self.batches_settings)
+            done = session.state.iteration.update  # to read the state at each update would call the callbacks there
             try:
                 for batch in self.batches:
-                    if leave == "raise" and cut is not None and session.state.iteration.update >= cut:
+                    if leave == "raise" and cut is not None and done >= cut:
                         raise CutError  # noqa: TRY301  # as the process would go
                     with torch.autocast("cpu", torch.bfloat16, enabled=self.precision is not None):
                         losses = loss(model(batch[0]), batch)
-                    self.reach("forward", session.state.iteration.update + 1)
+                    self.reach("forward", done + 1)
                     (sum(losses.values()) / session.accumulation_steps).backward()
-                    self.reach("backward", session.state.iteration.update + 1)
+                    self.reach("backward", done + 1)
                     session.micro_batch(losses)
                     if not session.completes_update:
                         continue
-                    self.before_step(model, session.state.iteration.update + 1)
+                    self.before_step(model, done + 1)
                     optimizer.step()
                     optimizer.zero_grad()
-                    self.reach("stepped", session.state.iteration.update + 1)
+                    self.reach("stepped", done + 1)
                     if scheduler is not None:
                         scheduler.step(*([losses["ce"].detach()] if self.scheduler == "plateau" else []))
                     session.update()
-                    if leave != "raise" and cut is not None and session.state.iteration.update >= cut:
+                    done += 1
+                    if leave != "raise" and cut is not None and done >= cut:
                         if leave == "break":
                             self.batches.close()
                         break

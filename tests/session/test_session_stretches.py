@@ -1,0 +1,141 @@
+"""A session that calls callbacks once for several deferred updates equals one that calls them at each."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from law_examples import examples
+from plain_loop import SCHEDULERS, STILL, loss, make_model
+
+import noether
+from noether.core.effect import LogUpdates
+from noether.effects.interpreter import Interpreter
+from noether.testing import assert_same
+
+BATCHES = [(torch.randn(4, 3, generator=torch.Generator().manual_seed(n)), torch.arange(4) % 2) for n in range(6)]
+CALLBACKS = [
+    noether.OnlineLossCallback(every_n_updates=3),
+    noether.OnlineLossCallback(every_n_epochs=1, id="epochs"),
+    noether.LrCallback(every_n_updates=1),
+    noether.ProgressCallback(every_n_updates=4),
+    noether.TrainTimeCallback(every_n_samples=20),
+    noether.GradNormCallback(every_n_updates=5),
+    noether.NanGuardCallback(every_n_updates=2, tolerance=1, action="rollback"),
+    noether.ReduceLROnPlateauCallback(
+        every_n_updates=6, metric_key="loss/online/total/U3", tolerance=1, factor=0.5, min_delta=100.0
+    ),
+    noether.CheckpointCallback(every_n_updates=7, save_weights=True, save_optim=True),
+]
+NEEDS = {7: 0}  # the plateau reads what the first one logs
+
+
+class Log:
+    """What a run requests, in order, each with the counters of its event."""
+
+    def __init__(self, *, takes_stretches):
+        self.lines, self.rows = [], 0
+        handlers = {
+            noether.LogScalars: [self.add],
+            noether.LogText: [self.add],
+            noether.SetSummary: [self.add],
+            noether.SaveCheckpoint: [self.save],
+        }
+        self.interpreter = Interpreter(handlers | ({LogUpdates: [self.add_rows]} if takes_stretches else {}))
+
+    def add(self, effect, state, event):
+        self.lines.append((str(state.iteration), effect.text if hasattr(effect, "text") else dict(effect.values)))
+
+    def add_rows(self, effect, state, event):
+        self.rows += len(effect.rows)
+        self.lines += [(str(at), dict(values)) for at, _, values in effect.rows]
+
+    def save(self, effect, state, event):
+        weights = {name: tensor.clone() for name, tensor in state.params.items()}
+        self.lines.append((str(state.iteration), weights, dict(state.callback_states)))
+
+
+class LoopError(Exception):
+    """The loop raises it."""
+
+
+def train(callbacks, *, takes_stretches, scheduler="none", accumulation=1, spoiled=0, reads=(), leaves=()):  # noqa: C901  # a loop as users write it
+    """Train for three epochs, or until a batch at which `leaves` says how the loop ends; return all that it made."""
+    log, model, read = Log(takes_stretches=takes_stretches), make_model(), []
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    schedule = SCHEDULERS[scheduler](optimizer)
+    session = noether.Session(
+        callbacks,
+        interpreter=log.interpreter,
+        model=model,
+        optimizer=optimizer,
+        scheduler=schedule,
+        accumulation=accumulation,
+        max_epochs=3,
+        clock=STILL,
+    )
+    loss_of_batch = torch.zeros(())  # as a CUDA graph does, the loop writes each loss into the same tensor
+
+    def make_update(count):
+        if count == spoiled:
+            next(model.parameters()).grad.fill_(float("nan"))
+        optimizer.step()
+        optimizer.zero_grad()
+        if schedule is not None:
+            schedule.step(*([loss_of_batch.clone()] if scheduler == "plateau" else []))
+        session.update()
+
+    def run():
+        for count, batch in enumerate(batches, 1):
+            losses = loss(model(batch[0]), batch)
+            (sum(losses.values()) / session.accumulation_steps).backward()
+            loss_of_batch.copy_(losses["ce"].detach())
+            session.micro_batch({**losses, "ce": loss_of_batch}, outputs=batch[0])
+            if session.completes_update:
+                make_update(count)
+            if count in reads:
+                read.append((str(session.state.iteration), dict(session.state.callback_states)))
+            if leaves == ("break", count):
+                break
+            if leaves == ("raise", count):
+                raise LoopError
+
+    batches, error = session.batches(BATCHES), None  # as a name keeps it, an error in the loop does not end it
+    try:
+        run()
+    except LoopError as failed:
+        session.record_failure(failed)
+    except FloatingPointError as diverged:  # with `spoiled`, and without the guard that rolls it back
+        error = str(diverged), diverged.__notes__
+    settled = session.settled_state
+    return {
+        "log": log.lines,
+        "read": read,
+        "error": error,
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "memories": dict(session.state.callback_states),
+        "metrics": dict(session.state.metrics),
+        "settled": settled and (str(settled.iteration), dict(settled.callback_states)),
+    }, log
+
+
+@examples(200, quick=40)
+@given(
+    chosen=st.sets(st.sampled_from(range(len(CALLBACKS))), min_size=1),
+    scheduler=st.sampled_from(sorted(SCHEDULERS)),
+    spoiled=st.integers(0, 18),
+    reads=st.sets(st.integers(1, 18), max_size=3),
+    accumulation=st.integers(1, 2),
+    leaves=st.one_of(st.just(()), st.tuples(st.sampled_from(["break", "raise"]), st.integers(1, 18))),
+)
+def test_a_session_is_the_same_whether_callbacks_are_called_for_each_update_or_for_several(chosen, **settings):
+    needed = {NEEDS[index] for index in chosen & NEEDS.keys()}
+    callbacks = [CALLBACKS[index] for index in sorted(chosen | needed)]
+    once, _ = train(callbacks, takes_stretches=True, **settings)
+    at_each, _ = train(callbacks, takes_stretches=False, **settings)
+    assert_same(once, at_each)
+
+
+@pytest.mark.parametrize("scheduler", sorted(SCHEDULERS))
+def test_a_session_defers_updates(scheduler):
+    _, log = train(CALLBACKS[1:3], takes_stretches=True, scheduler=scheduler)
+    assert log.rows == 18
