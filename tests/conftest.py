@@ -1,14 +1,17 @@
 """What holds for all tests."""
 
 import gc
+import os
 import signal
 
 import torch
 from hypothesis import settings
 from law_examples import select_examples
 
-# The models here are so small that a second thread only waits for the first.
+# The models here are so small that a second thread only waits for the first, here and in each process that a test
+# starts, where it would take the processor from another test meanwhile.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Under `nohup` SIGHUP is ignored, here and in every process that a test starts, where a run then ignores it, too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

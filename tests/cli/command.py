@@ -17,8 +17,7 @@ from noether.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240
-# One thread: two of them wait for each other on a busy machine, and these models then train ten times slower.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = dict(os.environ)
 
 SMALL = """\
 run:

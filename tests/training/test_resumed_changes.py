@@ -34,7 +34,7 @@ def patience(tolerance):
 def train_until_killed(*argv, at):
     """Run `noether train` in a separate process, which kills itself at an update."""
     command = [sys.executable, "-m", "noether", "train", *map(str, argv)]
-    environment = {**os.environ, "KILL_AT": str(at), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "KILL_AT": str(at)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
 
