@@ -1,12 +1,17 @@
 """What holds for all tests."""
 
+import compileall
 import gc
 import os
 import signal
+from pathlib import Path
+from py_compile import PycInvalidationMode
 
 import torch
 from hypothesis import settings
 from law_examples import select_examples
+
+ROOT = Path(__file__).parents[1]
 
 # The models here are so small that a second thread only waits for the first, here and in each process that a test
 # starts, where it would take the processor from another test meanwhile.
@@ -32,6 +37,10 @@ LONGEST_FIRST = ("test_habits", "test_compiled", "test_event_completion", "test_
 
 def pytest_configure(config):
     select_examples(config.option.markexpr)
+    if not hasattr(config, "workerinput"):  # not a worker of pytest-xdist
+        # Where Python writes no bytecode, each process that a test starts would compile the library again.
+        mode = PycInvalidationMode.CHECKED_HASH  # not by time: an edit may follow within the same second
+        compileall.compile_dir(ROOT / "noether", quiet=2, invalidation_mode=mode)
 
 
 def pytest_collection_finish():
