@@ -4,12 +4,15 @@ import compileall
 import gc
 import os
 import signal
+import threading
 from pathlib import Path
 from py_compile import PycInvalidationMode
 
 import torch
 from hypothesis import settings
 from law_examples import select_examples
+
+from noether.training.runs import start_panel
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,6 +25,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Likewise SIGINT, where a script starts the tests with `&`.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Else a run whose small model takes seconds to build, on a busy machine, prints one more line.
+start_panel._BUILDING_AFTER_S = threading.TIMEOUT_MAX  # noqa: SLF001  # no user sets it
 
 # A deadline is a timed assertion: it fails on a busy machine, not on a wrong program.
 settings.register_profile("noether", settings(), deadline=None)

@@ -161,12 +161,7 @@ def _receive(connection, size):
 def _start_server():
     """Start the server of this test process and return the path of its socket."""
     path = Path(tempfile.mkdtemp()) / "socket"
-    server = subprocess.Popen(
-        [sys.executable, __file__, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    server = subprocess.Popen([sys.executable, __file__, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert server.stdout.readline() == b"ready\n"
     atexit.register(_stop_server, server)
     return str(path)
@@ -184,6 +179,8 @@ def serve(path):
     """Fork a process for each connection, until the standard input is closed."""
     for name in PRELOADED:
         __import__(name)
+    # As in tests/conftest.py.
+    sys.modules["noether.training.runs.start_panel"]._BUILDING_AFTER_S = threading.TIMEOUT_MAX  # noqa: SLF001
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listening.bind(path)
     listening.listen()
