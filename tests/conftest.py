@@ -9,7 +9,7 @@ from pathlib import Path
 from py_compile import PycInvalidationMode
 
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from law_examples import select_examples
 
 from noether.training.runs import start_panel
@@ -29,8 +29,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Else a run whose small model takes seconds to build, on a busy machine, prints one more line.
 start_panel._BUILDING_AFTER_S = threading.TIMEOUT_MAX  # noqa: SLF001  # no user sets it
 
-# A deadline is a timed assertion: it fails on a busy machine, not on a wrong program.
-settings.register_profile("noether", settings(), deadline=None)
+# A deadline is a timed assertion: it fails on a busy machine, not on a wrong program. To explain a failure, hypothesis
+# varies every part of the simplest example: `hypothesis.find`, which doctests call, spends most of its time on that.
+PHASES = [phase for phase in Phase if phase is not Phase.explain]
+settings.register_profile("noether", settings(), deadline=None, phases=PHASES)
 settings.load_profile("noether")
 
 # There are no doctests here, and several folders have a module of this name.

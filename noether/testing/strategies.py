@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Unpack
 
 import torch
@@ -154,6 +155,7 @@ def _update_of_firing(schedule: Schedule, number: int, shape: Run) -> int | None
     return nth_firing(occasions, firings, run).iteration.update if firings else None
 
 
+@cache  # with a new strategy for each trace, hypothesis would validate all of its parts each time
 def _readings(kinds: _Kinds) -> st.SearchStrategy[Reading]:
     measured = st.lists(losses(finite=kinds.finite), min_size=1, max_size=3).map(tuple)
     skipped = st.just(False) if kinds.finite else st.sampled_from((False, False, True))
