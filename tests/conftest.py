@@ -8,10 +8,12 @@ import threading
 from pathlib import Path
 from py_compile import PycInvalidationMode
 
+import pytest
 import torch
 from hypothesis import Phase, settings
 from law_examples import select_examples
 
+from noether.testing import counterexamples
 from noether.training.runs import start_panel
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +43,12 @@ collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 # Each is several times as long as most files. Workers of pytest-xdist take the files in this order, and would
 # otherwise end minutes apart: one would begin the longest file when the others are done.
 LONGEST_FIRST = ("test_habits", "test_compiled", "test_event_completion", "test_crashes", "test_failures")
+
+
+@pytest.fixture
+def first_counterexample(monkeypatch):
+    """A broken law raises the error of the first example that breaks it; to find the simplest one takes longer."""
+    monkeypatch.setattr(counterexamples, "_PHASES", (Phase.generate,))
 
 
 def pytest_configure(config):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Flaky
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hypothesis.strategies import SearchStrategy
+
+_PHASES: Final = (Phase.generate, Phase.shrink)
 
 
 class LawError(NoetherError, AssertionError):
@@ -37,7 +39,7 @@ def assert_law(law: Callable[..., object], *strategies: SearchStrategy[Any], exa
         deadline=None,
         database=None,
         report_multiple_bugs=False,
-        phases=(Phase.generate, Phase.shrink),
+        phases=_PHASES,
         suppress_health_check=list(HealthCheck),
     )
     @given(tuples(*strategies))

@@ -94,6 +94,7 @@ class LogsText(CountsCalls):
         return state, (LogText("tracked"),)
 
 
+@pytest.mark.usefixtures("first_counterexample")
 @pytest.mark.parametrize("kind", [CountsCalls, ReadsTheState, ReadsOutputs])
 def test_the_law_catches_what_depends_on_the_call(kind):
     with pytest.raises(LawError, match="several updates"):

@@ -91,6 +91,7 @@ GATES = {
 ONE_CALLBACK = [(check_pure,), (check_resumable,), (check_rank_agreement,)]
 
 
+@pytest.mark.usefixtures("first_counterexample")
 @pytest.mark.parametrize(("gate", "law"), rotate([(gate,) for gate in GATES], ONE_CALLBACK))
 def test_a_law_reaches_the_body_behind_a_gate(gate, law):
     with pytest.raises((ReachedError, LawError)) as error:
@@ -98,6 +99,7 @@ def test_a_law_reaches_the_body_behind_a_gate(gate, law):
     assert isinstance(error.value if isinstance(error.value, ReachedError) else error.value.__cause__, ReachedError)
 
 
+@pytest.mark.usefixtures("first_counterexample")
 @pytest.mark.parametrize(
     "at",
     [

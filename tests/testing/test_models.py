@@ -179,6 +179,7 @@ REFUSES_NAN = {
 }
 
 
+@pytest.mark.usefixtures("first_counterexample")
 @pytest.mark.parametrize(("name", "law"), rotate([(name,) for name in REFUSES_NAN], LAWS))
 def test_the_error_of_a_callback_that_refuses_nan_names_finite_runs(name, law):
     tested = REFUSES_NAN[name]

@@ -389,6 +389,7 @@ def test_a_profiler_is_on_again_after_a_law():
         assert sys.getprofile() is profiler
 
 
+@pytest.mark.usefixtures("first_counterexample")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # a refused mutant cannot close what it opened
 @pytest.mark.parametrize("name", IMPURE)
 def test_check_pure_catches(name):

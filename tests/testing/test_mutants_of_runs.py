@@ -68,6 +68,7 @@ def counts_in_a_default():
     return on(AfterEpoch)(mutant)
 
 
+@pytest.mark.usefixtures("first_counterexample")
 @pytest.mark.parametrize(
     "make",
     slow_except(
@@ -143,6 +144,7 @@ DISAGREE = {
 }
 
 
+@pytest.mark.usefixtures("first_counterexample")
 @pytest.mark.parametrize("name", DISAGREE)
 def test_check_rank_agreement_catches(name):
     mutant, message = DISAGREE[name]
@@ -170,6 +172,7 @@ ORDERED = {
 }
 
 
+@pytest.mark.usefixtures("first_counterexample")
 @pytest.mark.parametrize("name", ORDERED)
 def test_check_independent_catches(name):
     with pytest.raises(LawError, match="depend on their order"):
