@@ -21,6 +21,7 @@ import traceback
 from pathlib import Path
 
 PRELOADED = [
+    "torch._dynamo",  # which the first optimizer imports, in more than a second
     "noether.cli.main",
     "noether.cli.commands.train",
     "noether.cli.commands.evaluate",

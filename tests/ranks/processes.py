@@ -22,6 +22,8 @@ PRELOADED = [
     "noether.training.runs.train",
     "noether.cli.main",
     "noether.cli.commands.evaluate",
+    "noether.testing",  # which, like pytest, the modules of the functions import
+    "pytest",
 ]
 
 
