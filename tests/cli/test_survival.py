@@ -179,6 +179,7 @@ def test_a_second_writer_is_refused_but_a_reader_is_not(phases, tmp_path, holdin
 def test_the_lock_of_a_killed_process_is_free_while_its_workers_live(phases, tmp_path, holding):
     process = holding("update 20", "--set", "trainer.num_workers=2")
     process.kill()
+    process.wait(PATIENCE_S)
     run = only_run(tmp_path / "paper")
     assert (run / ".lock").exists()
     invoke("train", "--resume", run, cwd=phases)
