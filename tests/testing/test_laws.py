@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from noether import (
     AfterAccumulationStep,
@@ -36,6 +37,7 @@ from noether.testing import (
     check_resumable,
     check_schedule,
 )
+from noether.testing.counterexamples import assert_law
 
 # Callbacks with one fault each.
 
@@ -243,3 +245,12 @@ class Twice(EveryNUpdates):
 def test_a_faulty_schedule_is_caught(schedule, message):
     with pytest.raises(LawError, match=f"^{message}"):
         check_schedule(schedule)
+
+
+def test_the_error_is_that_of_the_simplest_example():
+    def refuse_large(number):
+        if number >= 1000:
+            raise LawError(f"{number} is too large")
+
+    with pytest.raises(LawError, match=r"^1000 is too large"):
+        assert_law(refuse_large, st.integers(0, 10**9), examples=20)
