@@ -10,14 +10,13 @@ from noether.core.event import AfterAccumulationStep, AfterUpdate
 from noether.core.event_fields import check_fields
 from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.losses import loss_weights
-from noether.core.tensors.modes import ModeWatch
 from noether.core.tensors.tree import FrozenDict
 from noether.session.errors import SessionError
 from noether.session.events import SessionEvents
-from noether.session.hidden_state import ModelWatch
 from noether.session.lengths import Contradiction
 from noether.session.loader import warn
 from noether.session.losses import MicroBatch, is_finite, mean_losses, named_losses
+from noether.session.model_changes import ModelChanges
 from noether.session.optimizer_watch import MEASURED
 from noether.session.optimizers import TorchOptimizer, is_skipped
 
@@ -42,7 +41,7 @@ class SessionUpdates(SessionEvents):
 
     def __init__(self, *, model: nn.Module, reads_all_events: bool, **parts: Any) -> None:
         super().__init__(**parts)
-        self._model_watch, self._mode_watch = ModelWatch(model), ModeWatch(model)
+        self._changes = ModelChanges(model)
         self._loop: BatchLoop | None = None
         self._steps_with_samples = 0  # micro-batches of this update, on any rank
         self._reads_all_events = reads_all_events
@@ -263,13 +262,8 @@ class SessionUpdates(SessionEvents):
         return self._reads_all_events or any(id(member) not in own for member in called)
 
     def _warn_of_changes(self) -> None:
-        """Warn of state of the model that an update changed and that no checkpoint has."""
-        epoch = self._state.iteration.epoch
-        if epoch == self._mode_watch.epoch and self._model_watch.is_done:
-            return
-        for changes in (self._model_watch.describe_changes(), self._mode_watch.describe_changes(epoch)):
-            if changes is not None:
-                warn(changes)
+        for change in self._changes.describe(self._state.iteration.epoch):
+            warn(change)
 
     def _check_update(self) -> None:
         if self._loop is not None:
