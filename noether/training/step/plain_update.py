@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Any, final
 
 from torch import Tensor
 
-from noether.core.tensors.calls import call_model, compute_losses
 from noether.core.tensors.containers import map_tensors
 from noether.core.tensors.losses import detach_losses
-from noether.core.tensors.torch_internals import write_counts
 from noether.training.step.accumulation import Gradients
-from noether.training.step.gradients import compute_gradients, refuse_constants, refuse_writes
+from noether.training.step.gradients import compute_gradients, refuse_constants
 from noether.training.step.update_event import make_event
 
 if TYPE_CHECKING:
@@ -79,15 +77,10 @@ class PlainUpdate:
 
     def _differentiate(self, tensors: ModelTensors, batch: Any) -> tuple[Grads, Losses, Any]:
         """Return the gradients of the total loss, the losses without their graphs, and the output of the model."""
-        step, parameters, leaves = self._step, tensors.parameters, tensors.leaves
-        counts = write_counts(parameters.values())
-        output = call_model(step.model, batch)
-        losses = compute_losses(step.loss, output, batch)
-        if write_counts(parameters.values()) != counts:
-            refuse_writes(parameters, counts)
+        losses, output = self._step.run_forward(batch, tensors.parameters)
         if not losses:  # all have weight 0
             return {}, losses, output
         if not losses["total"].requires_grad:
-            refuse_constants(losses, step.loss)
-        grads = compute_gradients(losses["total"], list(leaves.values()))
-        return dict(zip(leaves, grads, strict=True)), detach_losses(losses), output
+            refuse_constants(losses, self._step.loss)
+        grads = compute_gradients(losses["total"], list(tensors.leaves.values()))
+        return dict(zip(tensors.leaves, grads, strict=True)), detach_losses(losses), output

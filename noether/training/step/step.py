@@ -310,15 +310,8 @@ class Step:
         times: PartTimes | None,
     ) -> tuple[list[Grads], Losses, Any]:
         """Return gradients of the objectives, losses and outputs; `params` are in the model already."""
-        counts = write_counts(params.values())
-        if self.precision is None:
-            losses, outputs = self._forward(batch)
-        else:
-            with self.autocast(params):
-                losses, outputs = self._forward(batch)
+        losses, outputs = self.run_forward(batch, params)
         terms = objectives(losses)
-        if write_counts(params.values()) != counts:
-            refuse_writes(params, counts)
         if times is not None:
             times.stop("forward_s")
         # torch.func.grad_and_value gives the same bits, but takes longer: see benchmarks/step.py.
@@ -333,6 +326,26 @@ class Step:
             detach_losses(losses),
             map_tensors(Tensor.detach, outputs),
         )
+
+    def run_forward(self, batch: Any, params: Mapping[str, Tensor]) -> tuple[Losses, Any]:
+        """Return losses and outputs of a batch, with their graphs.
+
+        Args:
+            batch: The batch.
+            params: The parameters, which the model has already.
+
+        Raises:
+            ValueError: If the model writes to its parameters.
+        """
+        counts = write_counts(params.values())
+        if self.precision is None:
+            result = self._forward(batch)
+        else:
+            with self.autocast(params):
+                result = self._forward(batch)
+        if write_counts(params.values()) != counts:
+            refuse_writes(params, counts)
+        return result
 
     def _forward(self, batch: Any) -> tuple[Losses, Any]:
         outputs = call_model(self.model, batch)
