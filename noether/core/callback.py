@@ -15,8 +15,7 @@ attributes are all that a callback may add; each is optional:
 
 `CallbackBase`, `@callback(...)` and the other decorators set them. Classes of noether also have private attributes:
 `_listens` (see `listens_to`) and `_tracker` (see `tracker_of`), from which a reducer knows when it need not call them;
-`_track_updates` and `_fire_updates` (see `CallsAtUpdates`), which a reducer may call once for several deferred updates,
-and `_can_defer`, which tells whether an update can be deferred; and
+`_deferred_calls` (see `DeferredCalls`), which a reducer may call once for several deferred updates; and
 `_inside` (see `leaves_of`), `_parts` (see `parts_of`) and `_memory_names` (see `memory_names`), which show the inside.
 """
 

@@ -5,22 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, final
 
 from noether.core.callback import attribute_of, callable_while_closed
+from noether.core.deferred_calls import deferred_calls_of
 from noether.core.event import AfterUpdate
 from noether.core.schedules.pending import PendingSchedules, is_always_due
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Collection, Iterable
 
-    from noether.core.callback import Callback, Effects
+    from noether.core.callback import Callback
+    from noether.core.deferred_calls import CallForUpdates
     from noether.core.event import Event
     from noether.core.schedules.base import Schedule
     from noether.core.schedules.gate import Gate
     from noether.core.state import TrainState
-    from noether.core.stretch import CompletedUpdate
 
     Call = tuple[Callback, Callback]  # a member, and the callable to call for it
-    CallForUpdates = Callable[[TrainState, Sequence[CompletedUpdate]], tuple[TrainState, Effects]]
-    """A method such as `track_updates`, which a reducer may call once for several updates."""
 
 
 class _Member(NamedTuple):
@@ -59,7 +58,7 @@ class CallsAtUpdates:
         self._pending_at_once = PendingSchedules(at_once)  # of the members whose firings cannot be deferred
         self._calls_while_closed = self._calls(())  # the calls of most updates, at which no gate opens
         self.deferred = self._find_deferred_calls()
-        conditions = (getattr(member, "_can_defer", None) for member, _ in self.deferred or ())
+        conditions = (deferred_calls_of(member).condition for member, _ in self.deferred or ())
         self._conditions = tuple(condition for condition in conditions if condition is not None)
 
     def can_defer(self, state: TrainState, event: AfterUpdate) -> bool:
@@ -88,7 +87,8 @@ class CallsAtUpdates:
         for member, while_closed, schedule in self._members:
             fires = while_closed is member or (schedule is not None and _can_fire_later(member))
             if while_closed is not None or fires:
-                call = getattr(member, "_fire_updates" if fires else "_track_updates", None)
+                calls = deferred_calls_of(member)
+                call = calls.fire if fires else calls.track
                 if call is None:
                     return None
                 found.append((member, call))
@@ -105,4 +105,4 @@ def _find_schedule(member: Callback, event_type: type[Event]) -> _Member:
 
 
 def _can_fire_later(member: Callback) -> bool:
-    return getattr(member, "_fire_updates", None) is not None
+    return deferred_calls_of(member).fire is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from noether.core.deferred_calls import DeferredCalls
 from noether.core.event import AfterUpdate, Event
 from noether.core.tensors.tree import FrozenDict
 
@@ -58,5 +59,9 @@ class LiveMemory(ABC):
     def _listens(self, event_type: type[Event]) -> bool:
         return issubclass(event_type, AfterUpdate)
 
-    def _fire_updates(self, state: TrainState, _: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
+    def _remember_after(self, state: TrainState, _: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
         return self._remember(state), ()
+
+    @property
+    def _deferred_calls(self) -> DeferredCalls:
+        return DeferredCalls(fire=self._remember_after)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.callback_checks import check_result
 from noether.core.callbacks.base import HOOKS, CallbackBase
+from noether.core.callbacks.deferral import find_deferred_calls
 from noether.core.errors import Problem, check_whole, suggest
 from noether.core.event import (
     AfterAccumulationStep,
@@ -16,19 +17,17 @@ from noether.core.event import (
     Event,
     kind_of,
 )
-from noether.core.iteration import TrainingIteration
 from noether.core.schedules.gate import Gate, Interval
-from noether.core.schedules.pending import is_always_due
 from noether.core.schedules.schedule import INTERVALS
 from noether.core.stretch import CompletedUpdate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from noether.core.callback import Callback, Effects
+    from noether.core.deferred_calls import DeferredCalls
     from noether.core.schedules.base import Schedule
     from noether.core.state import TrainState
-    from noether.core.update_calls import CallForUpdates
 
 _HOOKS_THAT_ACT: Final = (
     "periodic_callback",
@@ -86,19 +85,18 @@ class PeriodicCallback(CallbackBase):
 
     def _unused_hooks(self) -> Iterator[Problem]:
         """Yield a problem if the class defines a hook that would never be called."""
-        several, single = self._definer_of("track_updates"), self._definer_of("track_after_update_step")
-        fires = self.overrides("fire_updates", PeriodicCallback)
+        several, single = self.definer_of("track_updates"), self.definer_of("track_after_update_step")
         if issubclass(several, single) and single is not PeriodicCallback:
             where = "" if several is single else f", the latter in {single.__name__}"
             both = "track_updates and track_after_update_step"
             yield Problem("", f"{several.__name__} defines {both}{where}: keep one of them")
-        elif "can_defer" in vars(type(self)) and not (self._tracks_deferred or fires):
+        elif "can_defer" in vars(type(self)) and not any(self._deferred_calls[:2]):
             label = type(self).__name__
             yield Problem("", f"{label} defines can_defer, called only before track_updates: define that, too")
 
     @classmethod
-    def _definer_of(cls, hook: str) -> type:
-        """Return the class that defines `hook` for this class."""
+    def definer_of(cls, hook: str) -> Any:
+        """Return the class that defines a hook for this class."""
         return next(base for base in cls.__mro__ if hook in vars(base))
 
     def _hook_names(self) -> tuple[str, ...]:
@@ -244,69 +242,8 @@ class PeriodicCallback(CallbackBase):
         return any(self.overrides(hook, PeriodicCallback) for hook in hooks)
 
     @cached_property
-    def _tracks_deferred(self) -> bool:
-        """Whether a reducer may call `track_updates` once for several updates."""
-        others = ("track_after_update_step", "after_update", "__call__")
-        return self.overrides("track_updates", PeriodicCallback) and not any(
-            self.overrides(hook, PeriodicCallback) for hook in others
-        )
-
-    @property
-    def _track_updates(self) -> CallForUpdates | None:
-        return self.track_updates if self._tracks_deferred else None
-
-    @property
-    def _can_defer(self) -> Callable[[TrainState, AfterUpdate], bool] | None:
-        return self.can_defer if self.overrides("can_defer", PeriodicCallback) else None
-
-    @property
-    def _fire_updates(self) -> CallForUpdates | None:
-        """The call for several updates with firings; None if a subclass changed what a single firing does."""
-        definer = self._definer_of("fire_updates")
-        is_changed = type(self).periodic_callback is not getattr(definer, "periodic_callback", None) or any(
-            self.overrides(hook, PeriodicCallback) for hook in ("after_update", "__call__")
-        )
-        if definer is PeriodicCallback or is_changed or (self._tracks and not self._tracks_deferred):
-            return None
-        return self._track_and_fire if self._tracks else self._fire_due
-
-    def _fire_due(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
-        """Call `fire_updates` once for all updates at which the interval is due."""
-        due = [updates[index] for index in self._find_due(updates)]
-        return self.fire_updates(state, due) if due else (state, ())
-
-    def _track_and_fire(self, state: TrainState, updates: Sequence[CompletedUpdate]) -> tuple[TrainState, Effects]:
-        """Call `track_updates` for all updates, and `fire_updates` in between for each at which the interval is due."""
-        effects: Effects = ()
-        begin = 0
-        for index in self._find_due(updates):  # a firing reads what was tracked up to its update
-            end = index + 1
-            state, tracked = check_result(self, self.track_updates(state, updates[begin:end]), "track_updates")
-            state, fired = check_result(self, self.fire_updates(state, updates[index:end]), "fire_updates")
-            effects, begin = effects + tracked + fired, end
-        if begin < len(updates):
-            state, tracked = check_result(self, self.track_updates(state, updates[begin:]), "track_updates")
-            effects += tracked
-        return state, effects
-
-    def _find_due(self, updates: Sequence[CompletedUpdate]) -> Sequence[int]:
-        """Return the indexes of those of several consecutive updates at which the interval is due."""
-        if self._is_always_due:
-            return range(len(updates))
-        schedule, due = self.gate.parts[AfterUpdate], list[int]()
-        (at, event), *_ = updates
-        previous = TrainingIteration(at.epoch, at.update - 1, at.sample - event.samples)
-        following = schedule.next_due(previous)
-        for index, (iteration, _) in enumerate(updates):
-            if following.reached(iteration):  # before that, the schedule is not due: skip the slower question
-                following = schedule.next_due(iteration)
-                due += [index] if schedule.due(previous, iteration) else []
-            previous = iteration
-        return due
-
-    @cached_property
-    def _is_always_due(self) -> bool:
-        return is_always_due(self.gate.parts[AfterUpdate])
+    def _deferred_calls(self) -> DeferredCalls:
+        return find_deferred_calls(self, PeriodicCallback, tracks=self._tracks)
 
     @property
     def _tracker(self) -> Callback | None:
