@@ -4,11 +4,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from process_server import ForkedProcess
 from tiny_runs import CALLBACKS, LOSS, SAVE, contents, make_config
 
 from noether.config import ConfigError
@@ -33,10 +32,9 @@ def patience(tolerance):
 
 def train_until_killed(*argv, at):
     """Run `noether train` in a separate process, which kills itself at an update."""
-    command = [sys.executable, "-m", "noether", "train", *map(str, argv)]
-    environment = {**os.environ, "KILL_AT": str(at)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    process = ForkedProcess(["train", *argv], cwd=Path.cwd(), environment={**os.environ, "KILL_AT": str(at)})
+    output = process.communicate(timeout=240)
+    assert process.returncode == -signal.SIGKILL, output
 
 
 @pytest.mark.parametrize("name", ["Adafactor", "RMSprop"])
