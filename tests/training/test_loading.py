@@ -195,6 +195,12 @@ def test_a_batch_that_cannot_be_sent_ends_its_worker(make):
         load_all(make(Unsendable(), 1))
 
 
+def test_without_workers_an_error_waits_for_none(monkeypatch):
+    monkeypatch.setattr(loading, "wait", lambda *_: pytest.fail("there is no process to wait for"))
+    with pytest.raises(FileNotFoundError):
+        load_all(training(Bad(lambda: FileNotFoundError(2, "no such file", "5.png")), 0))
+
+
 def test_the_death_of_a_worker_interrupts_nothing_but_the_wait_for_a_batch():
     data = TrainingData(torch.arange(40), seed=0, effective_batch_size=4, num_workers=1, name="train")
     data.batch(START)

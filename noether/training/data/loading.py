@@ -111,7 +111,7 @@ class LoadedBatches:
                 batch = next(self._loading)
         except (RuntimeError, OSError, EOFError) as error:  # the last two if it died while it sent a batch
             # The pipe of a process that dies may break a moment before the process ends.
-            if not wait([worker.sentinel for worker in self._workers], _PIPE_TIMEOUT_S):
+            if not self._workers or not wait([worker.sentinel for worker in self._workers], _PIPE_TIMEOUT_S):
                 raise
             reason = str(error).strip(" .")
             raise WorkerError(
