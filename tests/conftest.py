@@ -42,7 +42,17 @@ collect_ignore_glob = ["conftest.py", "*/conftest.py"]
 
 # Each is several times as long as most files. Workers of pytest-xdist take the files in this order, and would
 # otherwise end minutes apart: one would begin the longest file when the others are done.
-LONGEST_FIRST = ("test_habits", "test_compiled", "test_event_completion", "test_crashes", "test_failures")
+LONGEST_FIRST = (
+    "test_compiled",
+    "test_every_law",
+    "test_habits",
+    "test_train",
+    "test_crashes",
+    "test_damage",
+    "test_endings",
+    "test_signals",
+    "README",
+)
 
 
 @pytest.fixture
