@@ -157,6 +157,8 @@ def check_law(strategy, examples):
             assert VALIDATOR.is_valid(data)
 
     check()
+    if len(accepted) <= examples / 10:  # rarely, by chance
+        check()
     assert len(accepted) > examples / 10
 
 

@@ -139,7 +139,7 @@ def restore(root, survivors):
 @pytest.mark.parametrize("unchanging", [["checkpoints"], []])
 def test_no_loss_of_power_loses_a_file(tmp_path, unchanging):
     root = tmp_path / "root"
-    outcomes = outcomes_of_power_losses(root, 20, unchanging=unchanging)
+    outcomes = outcomes_of_power_losses(root, 30, unchanging=unchanging)
     outcomes = {tuple(survivors.items()) for survivors in outcomes}
     assert len(outcomes) >= 80
     for survivors in outcomes:
