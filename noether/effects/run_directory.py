@@ -17,6 +17,7 @@ from noether.effects.checkpoints.store import CheckpointStore
 from noether.effects.console.console import Console
 from noether.effects.disk.calls import DISK
 from noether.effects.disk.files import make_directories
+from noether.effects.disk.finalizers import finalize
 from noether.effects.interpreter import Interpreter
 from noether.effects.logs.buffers import FLUSH_INTERVAL_S, FlushInterval
 from noether.effects.logs.jsonl import UNKNOWN_COUNT, LogCount
@@ -185,6 +186,8 @@ class RunDirectory:
             measures={MeasurePeakMemory: self._peak_memory.measure},
             check=_event_check(access, self._saver, self._logs, self.console),
         )
+        # Where Python exits without a `close`, loops save while threads can still start, and before the logs close.
+        finalize(self, self._logs.guard("end of the run", self.exit), None)
 
     @property
     def is_open(self) -> bool:

@@ -1,8 +1,11 @@
 """Every way in which the loop of a session can end: what is saved, and that the resumed run equals the uncut one."""
 
 import json
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,6 +17,7 @@ from torch.utils.data import DataLoader
 import noether
 from noether.testing import assert_same
 
+ROOT = Path(__file__).parents[2]
 UPDATES = 12  # two epochs of six batches, or four of three updates of two
 RARE = noether.CheckpointCallback(every_n_updates=100, save_weights=True, save_optim=True)
 
@@ -249,3 +253,36 @@ def test_the_summary_says_how_a_session_ends(tmp_path, callbacks, reach, status,
         loop.train()
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert (summary["status"], summary["ending"]) == (status, ending)
+
+
+SCRIPT = """
+import sys
+import torch
+import noether
+from noether.session.timing import Clock
+model = torch.nn.Linear(2, 1)
+sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+callbacks = [noether.LrCallback(every_n_updates=1), noether.OnlineLossCallback(every_n_updates=50)]
+still = Clock(wall_s=lambda: 0.0, elapsed_s=lambda: 0.0)  # so that all updates are deferred
+parts = {"directory": noether.open_run(sys.argv[1]), "model": model, "optimizer": sgd, "clock": still}
+session = noether.Session(callbacks, max_epochs=9, **parts)
+batches = session.batches([torch.ones(4, 2)] * 3)  # a name keeps it, so it ends only with the process
+for count, batch in enumerate(batches, 1):
+    loss = model(batch).square().mean()
+    sgd.zero_grad(); loss.backward(); sgd.step()
+    session.update(loss)
+    if count == 5:
+        ENDING
+"""
+
+
+@pytest.mark.parametrize(("ending", "code"), [("break", 0), ("raise ValueError", 1), ("sys.exit(3)", 3)])
+def test_a_process_that_ends_without_closing_its_run_saves_it(tmp_path, ending, code):
+    path = tmp_path / "run"
+    command = [sys.executable, "-c", SCRIPT.replace("ENDING", ending), path]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
+    assert process.returncode == code, process.stderr
+    assert [json.loads(line)["update"] for line in (path / "metrics.jsonl").read_text().splitlines()] == [*range(1, 6)]
+    assert json.loads((path / "summary.json").read_text())["status"] == "interrupted"
+    with noether.open_run(path) as directory:
+        assert directory.load().iteration.update == 5
