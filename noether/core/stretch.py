@@ -86,6 +86,8 @@ class Stretch:
         self._max_s, self._max_updates = max_s, max_updates
         self._updates: list[CompletedUpdate] = []
         self._requests: list[tuple[Effects, Sequence[CompletedUpdate]]] = []
+        self.has_unfinished_effects = False
+        """Whether callbacks were called and their effects did not run to the end, as where Ctrl-C came in between."""
 
     def defer(self, state: TrainState, event: AfterUpdate) -> bool:
         """Defer an update if no callback has to be called now; return whether it is deferred.
@@ -118,6 +120,7 @@ class Stretch:
             return state
         updates = tuple(self._updates)
         state, effects = self._reducer.after_updates(state, updates)
+        self.has_unfinished_effects = True
         self._updates.clear()
         self._requests.append((effects, updates))
         return state
@@ -133,7 +136,12 @@ class Stretch:
         """
         while self._interpret is not None and self._requests:
             effects, updates = self._requests.pop(0)
-            self._interpret(effects, state, updates)
+            try:
+                self._interpret(effects, state, updates)
+            except Exception:
+                self.has_unfinished_effects = False
+                raise
+            self.has_unfinished_effects = False
 
     def finish_after(self, error: BaseException, state: TrainState) -> TrainState | None:
         """Call the callbacks for all deferred updates and run the effects, as an error ends the run.

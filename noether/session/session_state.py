@@ -146,8 +146,11 @@ class SessionState:
         Before the optimizer steps, it is the state before the current update. Between the optimizer's step and the
         report of the update there is none, and none within an epoch that a framework reads from its first batch after
         a resume. If the event of an update was cut short, the state has its readings as `pending`, and the resumed run
-        dispatches it again.
+        dispatches it again. If Ctrl-C cut short the logs of deferred updates, there is none: it is unknown which of
+        them are written.
         """
+        if self._stretch.has_unfinished_effects:
+            return None
         if self._current_dispatch is None:
             self._finish_stretch()
         state, event = self._current_dispatch or (self._state, None)
@@ -326,6 +329,7 @@ class SessionState:
             return
         self._has_left = True
         settled, at = self.settled_state, self._state.iteration
+        self._finish_stretch()  # for the logs, even if nothing is saved
         if self.ranks.are_several:
             self.ranks.failures.report(SessionError(f"the loop was left at {at}, before the end of the run"))
         if self.run.rank != 0:

@@ -209,7 +209,9 @@ class SessionUpdates(SessionEvents):
     def _count_update(self, event: AfterUpdate) -> None:
         """Count an update, and dispatch its event or defer it."""
         state = self._state.advance(samples=event.samples, epoch_batches=self._epoch_batches)
+        model_status, self._model_status = self._model_status, "partly written"  # deferred, and not counted yet
         if self.ranks.are_several or not self._stretch.defer(state, event):
+            self._model_status = model_status
             self._call_deferred_callbacks()
             self._dispatch_event(self._state.advance(samples=event.samples, epoch_batches=self._epoch_batches), event)
             return

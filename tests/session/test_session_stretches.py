@@ -1,15 +1,24 @@
 """A session that calls callbacks once for several deferred updates equals one that calls them at each."""
 
+import io
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from law_examples import examples
-from plain_loop import SCHEDULERS, STILL, loss, make_model
+from plain_loop import SCHEDULERS, STILL, Loop, loss, make_model
+from rich.console import Console as RichConsole
 
 import noether
-from noether.core.effect import LogUpdates
+from noether.core.callbacks.interval import PeriodicCallback
+from noether.core.effect import LogUpdates, UpdateScalars
+from noether.core.metrics import log_updates, to_numbers
+from noether.core.reducer import Reducer
+from noether.core.stretch import Stretch
+from noether.effects import Console
 from noether.effects.interpreter import Interpreter
+from noether.effects.logs.jsonl import LinesFile
 from noether.testing import assert_same
 
 BATCHES = [(torch.randn(4, 3, generator=torch.Generator().manual_seed(n)), torch.arange(4) % 2) for n in range(6)]
@@ -52,6 +61,25 @@ class Log:
     def save(self, effect, state, event):
         weights = {name: tensor.clone() for name, tensor in state.params.items()}
         self.lines.append((str(state.iteration), weights, dict(state.callback_states)))
+
+
+class Counter(PeriodicCallback):
+    """Remembers the number of updates and logs that of each; fails at update 4 if it is due at every eighth."""
+
+    def init(self, state):
+        return {self.name: 0}
+
+    def track_updates(self, state, updates):
+        if self.every_n_updates == 8 and updates[-1].iteration.update >= 4:
+            raise ValueError("no update 4")
+        return state.remember(self.name, self.memory(state) + len(updates)), ()
+
+    def periodic_callback(self, state, event, interval):
+        return noether.log(state, event, {"count": state.iteration.update})
+
+    def fire_updates(self, state, updates):
+        rows = [UpdateScalars(*each, to_numbers({"count": each.iteration.update})) for each in updates]
+        return log_updates(state, rows)
 
 
 class LoopError(Exception):
@@ -139,3 +167,79 @@ def test_a_session_is_the_same_whether_callbacks_are_called_for_each_update_or_f
 def test_a_session_defers_updates(scheduler):
     _, log = train(CALLBACKS[1:3], takes_stretches=True, scheduler=scheduler)
     assert log.rows == 18
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("call", [1, 2, 3])  # at the end of two epochs, and at an update
+@pytest.mark.parametrize(
+    ("owner", "name", "when"),
+    [
+        (Reducer, "after_updates", "before"),
+        (Reducer, "after_updates", "after"),
+        (Stretch, "call_callbacks", "after"),
+        (LinesFile, "write_updates", "before"),
+        (LinesFile, "write_updates", "after"),
+        (Stretch, "run_effects", "after"),
+    ],
+)
+def test_a_run_that_is_interrupted_in_a_stretch_is_resumed_exactly(
+    tmp_path, monkeypatch, owner, name, when, call, error
+):
+    callbacks = [CALLBACKS[index] for index in (1, 2, 3, 8)]
+    whole, cut = (Loop(tmp_path / each, callbacks, "lambda") for each in ("whole", "cut"))
+    whole.train()
+    original, calls = getattr(owner, name), []
+
+    def interrupt(self, *arguments):
+        is_one = owner is not Stretch or bool(self._updates or self._requests)
+        calls.extend([name] if is_one else [])
+        if is_one and when == "before" and len(calls) == call:
+            raise error
+        result = original(self, *arguments)
+        if is_one and when == "after" and len(calls) == call:
+            raise error
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupt)
+        with pytest.raises(error):
+            cut.train()
+    cut.train()
+    assert_same(cut.result(), whole.result())
+    assert cut.log == whole.log
+
+
+def test_an_update_without_a_step_that_is_interrupted_before_it_counts_is_repeated(tmp_path):
+    class Scheduler(torch.optim.lr_scheduler.LambdaLR):
+        def state_dict(self):
+            if interrupted == [self.last_epoch]:
+                interrupted.clear()
+                raise KeyboardInterrupt
+            return super().state_dict()
+
+    def train(path):
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        scheduler = Scheduler(optimizer, lambda update: 1 / (1 + update))
+        with noether.open_run(path, Console(RichConsole(file=io.StringIO()))) as directory:
+            parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "clock": STILL}
+            session = noether.Session(
+                [CALLBACKS[2], Counter(every_n_epochs=1)], directory=directory, max_epochs=1, **parts
+            )
+            for batch in session.batches(BATCHES):
+                losses = loss(model(batch[0]), batch)
+                is_skipped = batch[0] is BATCHES[1][0]
+                if not is_skipped:
+                    sum(losses.values()).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                scheduler.step()
+                session.update(losses, skipped=is_skipped)
+            return {"memories": dict(session.state.callback_states), "log": (path / "metrics.jsonl").read_text()}
+
+    interrupted = []
+    whole = train(tmp_path / "whole" / "run")
+    interrupted.append(2)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "cut" / "run")
+    assert_same(train(tmp_path / "cut" / "run"), whole)
