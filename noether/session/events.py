@@ -72,6 +72,7 @@ class SessionEvents(SessionState):
         self._live.load(saved)
         for memory in self._live_memories:
             memory.restore(saved)
+            memory.recall(saved)
         self._state, self._remembers = saved, True
         return True
 

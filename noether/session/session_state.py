@@ -246,13 +246,13 @@ class SessionState:
         Of several ranks, rank 0 saves; the others end with a `RankError` that names the first rank that failed.
         The session does this for every exception that passes through it; a framework's loop does it for others.
         """
-        at = self._current_dispatch or (self._state, AfterUpdate.of(run=self.run, time_s=self._clock.wall_s()))
         if self._recorded_error is not error:
             self.ranks.failures.report(error)  # first of all: the other ranks wait
         if self._recorded_error is error or self.run.rank != 0:
             return
         self._recorded_error = error
         settled = self._settle_after(error)
+        at = self._current_dispatch or (self._state, AfterUpdate.of(run=self.run, time_s=self._clock.wall_s()))
         if self._directory is None or not self._directory.is_open:
             return
         if self._has_begun:  # before, there is nothing to save
@@ -366,9 +366,11 @@ class SessionState:
 
     def close(self) -> None:
         """Stop watching the optimizer, and write where the time went."""
-        self._record.pause(self.state, self.run)
-        if self._optimizer is not None:
-            self._optimizer.release()
+        try:
+            self._record.pause(self.state, self.run)
+        finally:
+            if self._optimizer is not None:
+                self._optimizer.release()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the run remembers beside model and optimizer, for a checkpoint of the framework.
@@ -378,7 +380,8 @@ class SessionState:
         Returns:
             Plain values and tensors, which torch reads back with `weights_only=True`.
         """
-        state = self._live.view_before_update(self._settled) if self._micro_batches else self.state
+        self._finish_stretch()
+        state = self._live.view_before_update(self._settled) if self._micro_batches else self._state
         return encode_state(state if self._generators is None else state.remember(MEMORY, self._generators.read()))
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:

@@ -121,7 +121,8 @@ def train(callbacks, *, takes_stretches, scheduler="none", accumulation=1, spoil
             if session.completes_update:
                 make_update(count)
             if count in reads:
-                read.append((str(session.state.iteration), dict(session.state.callback_states)))
+                saved = session.state_dict()  # first, because to read the state calls the callbacks
+                read.append((saved, str(session.state.iteration), dict(session.state.callback_states)))
             if leaves == ("break", count):
                 break
             if leaves == ("raise", count):
@@ -243,3 +244,62 @@ def test_an_update_without_a_step_that_is_interrupted_before_it_counts_is_repeat
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut" / "run")
     assert_same(train(tmp_path / "cut" / "run"), whole)
+
+
+def test_a_state_that_is_loaded_between_two_updates_has_the_position_of_the_scheduler(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 / (1 + update))
+    save = noether.CheckpointCallback(every_n_updates=3, save_weights=True, save_optim=True)
+    with noether.open_run(tmp_path, Console(RichConsole(file=io.StringIO()))) as directory:
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "clock": STILL}
+        session = noether.Session([CALLBACKS[1], save], directory=directory, max_epochs=1, **parts)
+        for count, batch in enumerate(session.batches(BATCHES), 1):
+            losses = loss(model(batch[0]), batch)
+            sum(losses.values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            session.update(losses)
+            if count == 5:
+                session.load(directory.load())
+                assert scheduler.last_epoch == 3
+    assert scheduler.last_epoch == session.state.memory("lr_scheduler")["last_epoch"] == 4
+
+
+def train_outside_of_a_loop(path, counter, text):
+    """Make five updates that are deferred, without an end; yield the session."""
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    with noether.open_run(path, Console(RichConsole(file=text))) as directory:
+        parts = {"model": model, "optimizer": optimizer, "clock": STILL}
+        session = noether.Session(counter, directory=directory, **parts)
+        session.begin()
+        for batch in BATCHES[:5]:
+            session.batch_arrived()
+            losses = loss(model(batch[0]), batch)
+            sum(losses.values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            session.update(losses, samples=4)
+        yield session, optimizer
+
+
+def test_the_panel_of_a_failed_run_has_the_values_of_deferred_updates(tmp_path):
+    text = io.StringIO()
+    loop = train_outside_of_a_loop(tmp_path, Counter(every_n_updates=1), text)
+    next(loop)
+    with pytest.raises(LoopError):
+        loop.throw(LoopError())
+    *_, panel = text.getvalue().partition("failed at")
+    assert "count 5" in " ".join(panel.split())
+
+
+def test_a_session_releases_the_optimizer_if_a_callback_fails_as_it_closes(tmp_path):
+    loop = train_outside_of_a_loop(tmp_path, Counter(every_n_updates=8), io.StringIO())
+    session, optimizer = next(loop)
+    assert optimizer._optimizer_step_pre_hooks  # noqa: SLF001  # torch has no public name for them
+    with pytest.raises(ValueError, match="no update 4"):
+        session.close()
+    assert not optimizer._optimizer_step_pre_hooks  # noqa: SLF001
+    loop.close()
