@@ -3,7 +3,6 @@
 import compileall
 import gc
 import os
-import shutil
 import signal
 import threading
 from pathlib import Path
@@ -23,12 +22,6 @@ ROOT = Path(__file__).parents[1]
 # starts, where it would take the processor from another test meanwhile.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
-
-# A save waits for the disk several times, and no test needs files that outlive a loss of power: those of `tmp_path` are
-# in memory where there is room.
-MEMORY = Path("/dev/shm")  # noqa: S108  # pytest makes a folder there that only this user can read
-if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 * 2**30:
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 # Under `nohup` SIGHUP is ignored, here and in every process that a test starts, where a run then ignores it, too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
