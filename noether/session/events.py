@@ -280,7 +280,7 @@ class SessionEvents(SessionState):
         if not self._state.ended:
             self._seed_event("end of training")
             time_s = self._exchange.sync_ranks("after training", self._clock.wall_s())
-            self._dispatch(self.state.replace(ended=True), AfterTraining, time_s=time_s)
+            self._dispatch(self._finish_stretch().replace(ended=True), AfterTraining, time_s=time_s)
         if self._directory is not None:
             self._directory.wait()
             final = self._live.view(self._state)
@@ -349,7 +349,7 @@ class SessionEvents(SessionState):
         self._seed_event("end of epoch")
         self._note_generators()
         time_s = self._exchange.sync_ranks(f"after epoch {self._state.iteration.epoch + 1}", self._clock.wall_s())
-        self._dispatch(self.state.next_epoch(), AfterEpoch, time_s=time_s)
+        self._dispatch(self._finish_stretch().next_epoch(), AfterEpoch, time_s=time_s)
         self._note_generators()
 
     def _seed_event(self, purpose: str) -> None:

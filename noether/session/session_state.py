@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import contextmanager
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from noether.core.callback import listens_to
@@ -82,6 +83,7 @@ class SessionState:
         self._interpreter, self._directory, self._clock = interpreter, directory, clock
         self._record = LoopRecord(directory, clock)
         self._stretch = Stretch(reducer, interpreter)
+        self._training_thread = get_ident()  # the one that deferred the last update
         self._listens_to_micro_batches = listens_to(reducer, AfterAccumulationStep)
         self._state = TrainState(seed=seed)
         self._remembers = False
@@ -111,9 +113,12 @@ class SessionState:
 
     @property
     def state(self) -> TrainState:
-        """The state; it views the live model and optimizer. To read it calls the callbacks for deferred updates."""
-        self._finish_stretch()
-        return self._state
+        """The state; it views the live model and optimizer. To read it calls the callbacks for deferred updates.
+
+        Another thread than the one that trains reads the state as it is: its counters are current, and its memories and
+        metrics may lack the deferred updates.
+        """
+        return self._finish_stretch() if get_ident() == self._training_thread else self._state
 
     @property
     def stop(self) -> str | None:
@@ -171,11 +176,12 @@ class SessionState:
         before = self._settled if self._micro_batches else self._state
         return self._with_generators(self._live.view_before_update(before))
 
-    def _finish_stretch(self) -> None:
-        """Call the callbacks for deferred updates, and run their effects: `_state` lacks these updates until then."""
+    def _finish_stretch(self) -> TrainState:
+        """Call the callbacks for deferred updates, run their effects, and return the state, which lacked both."""
         self._call_deferred_callbacks()
         with self._record_failures():
             self._stretch.run_effects(self._state)
+        return self._state
 
     def _call_deferred_callbacks(self) -> None:
         """Call the callbacks for deferred updates; `run_effects` of the stretch has to follow."""
@@ -289,7 +295,7 @@ class SessionState:
             reason: What stopped the loop, as a sentence.
         """
         self._has_left = True
-        self._record_end("stopped", f"ended at {self._state.iteration}: {reason}", self.state)
+        self._record_end("stopped", f"ended at {self._state.iteration}: {reason}", self._finish_stretch())
 
     def _record_end(self, status: Status, ending: str, at: TrainState) -> None:
         """Write to `summary.json` and to the console how the run ended; a no-op without an open directory."""
@@ -309,7 +315,7 @@ class SessionState:
         elif error is not None or self.seeds_loop:  # of a loop over `batches`, the iterator may be suspended
             self.leave()
         elif not self._has_left:  # the loop has not, or is that of a framework, which may train on in another process
-            self._record_end("interrupted", f"interrupted at {self._state.iteration}", self.state)
+            self._record_end("interrupted", f"interrupted at {self._state.iteration}", self._finish_stretch())
 
     def _warn_if_ended(self) -> None:
         """Say that a resumed run has nothing left to train, and how it would continue."""
@@ -367,7 +373,7 @@ class SessionState:
     def close(self) -> None:
         """Stop watching the optimizer, and write where the time went."""
         try:
-            self._record.pause(self.state, self.run)
+            self._record.pause(self._finish_stretch(), self.run)
         finally:
             if self._optimizer is not None:
                 self._optimizer.release()
@@ -380,8 +386,8 @@ class SessionState:
         Returns:
             Plain values and tensors, which torch reads back with `weights_only=True`.
         """
-        self._finish_stretch()
-        state = self._live.view_before_update(self._settled) if self._micro_batches else self._state
+        state = self._finish_stretch()
+        state = self._live.view_before_update(self._settled) if self._micro_batches else state
         return encode_state(state if self._generators is None else state.remember(MEMORY, self._generators.read()))
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:

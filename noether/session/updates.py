@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -215,6 +216,7 @@ class SessionUpdates(SessionEvents):
             self._call_deferred_callbacks()
             self._dispatch_event(self._state.advance(samples=event.samples, epoch_batches=self._epoch_batches), event)
             return
+        self._training_thread = get_ident()
         for memory in self._live_memories:
             memory.note()
         self._state, self._model_status = state, "settled"

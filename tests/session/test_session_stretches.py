@@ -1,6 +1,7 @@
 """A session that calls callbacks once for several deferred updates equals one that calls them at each."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -283,6 +284,17 @@ def train_outside_of_a_loop(path, counter, text):
             optimizer.zero_grad()
             session.update(losses, samples=4)
         yield session, optimizer
+
+
+def test_another_thread_reads_the_state_without_a_call_of_callbacks(tmp_path):
+    loop = train_outside_of_a_loop(tmp_path, Counter(every_n_updates=9), io.StringIO())
+    session, _ = next(loop)
+    with ThreadPoolExecutor(1) as pool:
+        state = pool.submit(lambda: session.state).result()
+    (name,) = state.callback_states
+    assert (state.iteration.update, state.memory(name)) == (5, 0)
+    assert session.state.memory(name) == 5
+    loop.close()
 
 
 def test_the_panel_of_a_failed_run_has_the_values_of_deferred_updates(tmp_path):
