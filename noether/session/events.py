@@ -102,8 +102,14 @@ class SessionEvents(SessionState):
 
         Raises:
             ProcessesError: If the ranks do not begin the same run, or have no common group.
+            SessionError: If a callback failed for deferred updates of this session.
             LogError: If the log in the directory is damaged.
         """
+        if self._has_lost_updates:
+            raise SessionError(
+                "a callback failed for the last updates of this session, which its memory lacks: make a new Session, "
+                "which resumes from the newest checkpoint of the directory"
+            )
         check_joined(self.ranks, launched=self.seeds_loop)
         if self._directory is not None and self.ranks.is_first and not self._directory.writes:
             raise ProcessesError(

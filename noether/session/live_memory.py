@@ -22,12 +22,13 @@ class LiveMemory(ABC):
 
     Args:
         memory_name: Name of the memory.
+        is_noted: Whether the loop calls `note` after each update that it defers; if not, none is deferred.
     """
 
     produces: tuple[str, ...] = ()
 
-    def __init__(self, memory_name: str) -> None:
-        self._memory_name = memory_name
+    def __init__(self, memory_name: str, *, is_noted: bool) -> None:
+        self._memory_name, self._is_noted = memory_name, is_noted
         self._noted: Any = FrozenDict()
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
@@ -64,4 +65,4 @@ class LiveMemory(ABC):
 
     @property
     def _deferred_calls(self) -> DeferredCalls:
-        return DeferredCalls(fire=self._remember_after)
+        return DeferredCalls(fire=self._remember_after if self._is_noted else None)

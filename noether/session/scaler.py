@@ -23,6 +23,7 @@ class ScalerMemory(LiveMemory):
 
     Args:
         scaler: The scaler. Call its `update` before an update is reported.
+        is_noted: As for `LiveMemory`.
 
     Example:
         >>> import torch
@@ -33,9 +34,9 @@ class ScalerMemory(LiveMemory):
         (8.0, 2)
     """
 
-    def __init__(self, scaler: Any) -> None:
+    def __init__(self, scaler: Any, *, is_noted: bool = False) -> None:
         self._scaler = scaler
-        super().__init__(GRAD_SCALER)
+        super().__init__(GRAD_SCALER, is_noted=is_noted)
 
     def restore(self, state: TrainState) -> None:
         """Write the scale that a state remembers into the scaler.

@@ -167,8 +167,8 @@ class Session(SessionUpdates):
         run = settings.complete_run(run, seed=seed, ranks=ranks, **parts)  # type: ignore[arg-type]  # by name
         watched = settings.watch_optimizer(model, optimizer)
         members = settings.list_callbacks(callbacks)
-        memory = None if scheduler is None else SchedulerMemory(scheduler)
-        scale = None if scaler is None else ScalerMemory(scaler)
+        memory = None if scheduler is None else SchedulerMemory(scheduler, is_noted=True)
+        scale = None if scaler is None else ScalerMemory(scaler, is_noted=True)
         reducer = compose(*(each for each in (memory, scale) if each is not None), *members)
         settings.check_data(leaves_of(reducer), run)
         settings.check_optimizer(reducer, watched)

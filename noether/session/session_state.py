@@ -98,6 +98,7 @@ class SessionState:
         self._has_left = False  # whether `leave` was called since
         self._has_begun = False  # whether `begin` has returned; before, there is nothing to save
         self._recorded_error: BaseException | None = None
+        self._has_lost_updates = False  # whether a callback failed for deferred updates
         self._warned_of_empty_update = False
         self._epoch_batches = 0  # drawn in this epoch; `state.epoch_batches` are those that an update counted
         self._carries_gradients = False  # whether an epoch ended inside of an update
@@ -270,6 +271,7 @@ class SessionState:
         """Return the settled state after an error and the calls for deferred updates; None if there is none."""
         after = self._stretch.finish_after(error, self._state)
         if after is None:
+            self._has_lost_updates = True
             return None
         self._take(after)
         return self.settled_state

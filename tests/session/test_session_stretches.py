@@ -20,6 +20,8 @@ from noether.core.stretch import Stretch
 from noether.effects import Console
 from noether.effects.interpreter import Interpreter
 from noether.effects.logs.jsonl import LinesFile
+from noether.session.errors import SessionError
+from noether.session.scheduler import SchedulerMemory
 from noether.testing import assert_same
 
 BATCHES = [(torch.randn(4, 3, generator=torch.Generator().manual_seed(n)), torch.arange(4) % 2) for n in range(6)]
@@ -315,3 +317,35 @@ def test_a_session_releases_the_optimizer_if_a_callback_fails_as_it_closes(tmp_p
         session.close()
     assert not optimizer._optimizer_step_pre_hooks  # noqa: SLF001
     loop.close()
+
+
+class FailsLater(PeriodicCallback):
+    """Cannot track the second of several updates."""
+
+    def track_updates(self, state, updates):
+        if state.iteration.update > 1:
+            raise ValueError("no such loss")
+        return state, ()
+
+    def periodic_callback(self, state, event, interval):
+        return state, ()
+
+
+def test_a_session_that_lost_updates_does_not_begin_again():
+    model = torch.nn.Linear(2, 1)
+    handlers = {noether.LogScalars: (), LogUpdates: ()}
+    callback = FailsLater(every_n_epochs=1)
+    session = noether.Session(callback, model=model, interpreter=Interpreter(handlers), max_epochs=2, clock=STILL)
+    session.begin()
+    for _ in range(2):
+        session.update(1.0, samples=4)
+    with pytest.raises(ValueError, match="no such loss"):
+        session.end_epoch()
+    with pytest.raises(SessionError, match="a callback failed for the last updates"):
+        session.begin()
+
+
+def test_a_scheduler_whose_position_the_loop_does_not_note_is_called_at_each_update():
+    sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    memory = SchedulerMemory(torch.optim.lr_scheduler.StepLR(sgd, 3))
+    assert not noether.compose(memory).defers_updates
