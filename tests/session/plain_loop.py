@@ -116,7 +116,7 @@ class Loop:
                 **self.settings,
             )
             self.batches = session.batches(loader, **self.batches_settings)
-            done = session.state.iteration.update  # to read the state at each update would call the callbacks there
+            done = session.state.iteration.update  # a loop that reads the state at each update defers none
             try:
                 for batch in self.batches:
                     if leave == "raise" and cut is not None and done >= cut:

@@ -67,14 +67,12 @@ class Log:
 
 
 class Counter(PeriodicCallback):
-    """Remembers the number of updates and logs that of each; fails at update 4 if it is due at every eighth."""
+    """Remembers the number of updates, and logs the number of each at which it is due."""
 
     def init(self, state):
         return {self.name: 0}
 
     def track_updates(self, state, updates):
-        if self.every_n_updates == 8 and updates[-1].iteration.update >= 4:
-            raise ValueError("no update 4")
         return state.remember(self.name, self.memory(state) + len(updates)), ()
 
     def periodic_callback(self, state, event, interval):
@@ -83,6 +81,18 @@ class Counter(PeriodicCallback):
     def fire_updates(self, state, updates):
         rows = [UpdateScalars(*each, to_numbers({"count": each.iteration.update})) for each in updates]
         return log_updates(state, rows)
+
+
+class FailingTracker(PeriodicCallback):
+    """Raises an error if it tracks an update after the first one."""
+
+    def track_updates(self, state, updates):
+        if state.iteration.update > 1:
+            raise ValueError("no such loss")
+        return state, ()
+
+    def periodic_callback(self, state, event, interval):
+        return state, ()
 
 
 class LoopError(Exception):
@@ -270,13 +280,13 @@ def test_a_state_that_is_loaded_between_two_updates_has_the_position_of_the_sche
     assert scheduler.last_epoch == session.state.memory("lr_scheduler")["last_epoch"] == 4
 
 
-def train_outside_of_a_loop(path, counter, text):
-    """Make five updates that are deferred, without an end; yield the session."""
+def train_outside_of_a_loop(path, callback, text):
+    """Make five deferred updates, and yield the session and the optimizer before the run ends."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     with noether.open_run(path, Console(RichConsole(file=text))) as directory:
         parts = {"model": model, "optimizer": optimizer, "clock": STILL}
-        session = noether.Session(counter, directory=directory, **parts)
+        session = noether.Session(callback, directory=directory, **parts)
         session.begin()
         for batch in BATCHES[:5]:
             session.batch_arrived()
@@ -310,31 +320,19 @@ def test_the_panel_of_a_failed_run_has_the_values_of_deferred_updates(tmp_path):
 
 
 def test_a_session_releases_the_optimizer_if_a_callback_fails_as_it_closes(tmp_path):
-    loop = train_outside_of_a_loop(tmp_path, Counter(every_n_updates=8), io.StringIO())
+    loop = train_outside_of_a_loop(tmp_path, FailingTracker(every_n_updates=8), io.StringIO())
     session, optimizer = next(loop)
     assert optimizer._optimizer_step_pre_hooks  # noqa: SLF001  # torch has no public name for them
-    with pytest.raises(ValueError, match="no update 4"):
+    with pytest.raises(ValueError, match="no such loss"):
         session.close()
     assert not optimizer._optimizer_step_pre_hooks  # noqa: SLF001
     loop.close()
 
 
-class FailsLater(PeriodicCallback):
-    """Cannot track the second of several updates."""
-
-    def track_updates(self, state, updates):
-        if state.iteration.update > 1:
-            raise ValueError("no such loss")
-        return state, ()
-
-    def periodic_callback(self, state, event, interval):
-        return state, ()
-
-
 def test_a_session_that_lost_updates_does_not_begin_again():
     model = torch.nn.Linear(2, 1)
     handlers = {noether.LogScalars: (), LogUpdates: ()}
-    callback = FailsLater(every_n_epochs=1)
+    callback = FailingTracker(every_n_epochs=1)
     session = noether.Session(callback, model=model, interpreter=Interpreter(handlers), max_epochs=2, clock=STILL)
     session.begin()
     for _ in range(2):
