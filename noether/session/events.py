@@ -72,7 +72,7 @@ class SessionEvents(SessionState):
         self._live.load(saved)
         for memory in self._live_memories:
             memory.restore(saved)
-            memory.recall(saved)
+            memory.note_from(saved)
         self._state, self._remembers = saved, True
         return True
 
@@ -107,8 +107,8 @@ class SessionEvents(SessionState):
         """
         if self._has_lost_updates:
             raise SessionError(
-                "a callback failed for the last updates of this session, which its memory lacks: make a new Session, "
-                "which resumes from the newest checkpoint of the directory"
+                "a callback failed for the last updates of this session, so its state lacks them: make a new Session; "
+                "with a directory, it resumes from the newest checkpoint"
             )
         check_joined(self.ranks, launched=self.seeds_loop)
         if self._directory is not None and self.ranks.is_first and not self._directory.writes:
@@ -131,7 +131,7 @@ class SessionEvents(SessionState):
         self._has_begun = self._has_left = False
         loaded, resumed = self.load(), self._remembers
         time_s = self._exchange.begin(self._clock.wall_s(), self._state, self.run, self._reducer)
-        self._recall_live_memories(resumed=resumed)
+        self._check_live_memories(resumed=resumed)
         if self._directory is not None:
             self._begin_in(self._directory, self._state if resumed else None)
         was_full = self._position is not None and self._position == self._state.lengths.get("updates_per_epoch")
@@ -160,14 +160,14 @@ class SessionEvents(SessionState):
         self.stopwatch.read()
         return loaded
 
-    def _recall_live_memories(self, *, resumed: bool) -> None:
-        """Note what the state remembers of scheduler and scaler, and compare a resumed run with them."""
+    def _check_live_memories(self, *, resumed: bool) -> None:
+        """Note what the state remembers; in a resumed run, check the scheduler and restore a scaler that differs."""
         for memory in self._live_memories:
-            memory.recall(self._state)
+            memory.note_from(self._state)
         if resumed and self._scheduler is not None:
             self._scheduler.check_groups()
         if resumed and self._scaler is not None and not self._scaler.is_current():
-            self._scaler.restore(self._state)  # not every framework does
+            self._scaler.restore(self._state)  # not every framework restores it
 
     def _begin_in(self, directory: RunDirectory, saved: TrainState | None) -> None:
         directory.exit.add(self.leave_directory)

@@ -22,13 +22,13 @@ class LiveMemory(ABC):
 
     Args:
         memory_name: Name of the memory.
-        is_noted: Whether the loop calls `note` after each update that it defers; if not, none is deferred.
+        defers_updates: Whether updates may be deferred; the loop then calls `note` after each deferred update.
     """
 
     produces: tuple[str, ...] = ()
 
-    def __init__(self, memory_name: str, *, is_noted: bool) -> None:
-        self._memory_name, self._is_noted = memory_name, is_noted
+    def __init__(self, memory_name: str, *, defers_updates: bool) -> None:
+        self._memory_name, self._defers_updates = memory_name, defers_updates
         self._noted: Any = FrozenDict()
 
     def __call__(self, state: TrainState, event: Event) -> tuple[TrainState, Effects]:
@@ -42,8 +42,8 @@ class LiveMemory(ABC):
         """Return what the object remembers at the start."""
         return {self._memory_name: self._read()}
 
-    def recall(self, state: TrainState) -> None:
-        """Note what a state remembers of the object, or what the object remembers if the state has nothing of it."""
+    def note_from(self, state: TrainState) -> None:
+        """Note what a state remembers of the object; if it has no such memory, note what the object remembers."""
         self._noted = state.callback_states.get(self._memory_name, self._read())
 
     def note(self) -> None:
@@ -65,4 +65,4 @@ class LiveMemory(ABC):
 
     @property
     def _deferred_calls(self) -> DeferredCalls:
-        return DeferredCalls(fire=self._remember_after if self._is_noted else None)
+        return DeferredCalls(fire=self._remember_after if self._defers_updates else None)

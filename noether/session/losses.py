@@ -60,7 +60,7 @@ def named_losses(losses: ReportedLosses) -> Losses:
         >>> named_losses(0.5)
         FrozenDict({'total': 0.5})
     """
-    if isinstance(losses, Tensor):  # the common case
+    if isinstance(losses, Tensor):  # the common case needs no sum and no weights
         return FrozenDict(total=_detach("total", losses))
     if not isinstance(losses, Mapping):
         losses = {"total": losses}

@@ -1,4 +1,4 @@
-"""What updates change of a model, and no checkpoint has."""
+"""Changes that updates make to a model and that no checkpoint holds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ModelChanges:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model, self._modes = ModelWatch(model), ModeWatch(model)
+        self._attributes, self._modes = ModelWatch(model), ModeWatch(model)
 
     def describe(self, epoch: int) -> Sequence[str]:
         """Return what has changed, and what to write instead; called after each update.
@@ -40,7 +40,7 @@ class ModelChanges:
         Args:
             epoch: The epoch of the update.
         """
-        if self._model.is_done and self._modes.epoch == epoch:  # at nearly all updates
+        if self._attributes.is_done and self._modes.epoch == epoch:  # at nearly all updates
             return ()
-        found = (self._model.describe_changes(), self._modes.describe_changes(epoch))
+        found = (self._attributes.describe_changes(), self._modes.describe_changes(epoch))
         return [change for change in found if change is not None]

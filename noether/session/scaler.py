@@ -23,7 +23,7 @@ class ScalerMemory(LiveMemory):
 
     Args:
         scaler: The scaler. Call its `update` before an update is reported.
-        is_noted: As for `LiveMemory`.
+        defers_updates: As for `LiveMemory`.
 
     Example:
         >>> import torch
@@ -34,9 +34,9 @@ class ScalerMemory(LiveMemory):
         (8.0, 2)
     """
 
-    def __init__(self, scaler: Any, *, is_noted: bool = False) -> None:
+    def __init__(self, scaler: Any, *, defers_updates: bool = False) -> None:
         self._scaler = scaler
-        super().__init__(GRAD_SCALER, is_noted=is_noted)
+        super().__init__(GRAD_SCALER, defers_updates=defers_updates)
 
     def restore(self, state: TrainState) -> None:
         """Write the scale that a state remembers into the scaler.

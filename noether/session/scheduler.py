@@ -24,7 +24,7 @@ class SchedulerMemory(LiveMemory):
     Args:
         scheduler: The scheduler, of torch or with a `state_dict` as torch's, or several by name. Step it before an
             update is reported.
-        is_noted: As for `LiveMemory`.
+        defers_updates: As for `LiveMemory`.
 
     Raises:
         TypeError: If its `state_dict` contains something that no checkpoint can hold.
@@ -39,9 +39,9 @@ class SchedulerMemory(LiveMemory):
         (0, FrozenDict({'__items__': ((30, 1), (80, 1))}))
     """
 
-    def __init__(self, scheduler: Any, *, is_noted: bool = False) -> None:
+    def __init__(self, scheduler: Any, *, defers_updates: bool = False) -> None:
         self._scheduler = NamedSchedulers(scheduler) if isinstance(scheduler, Mapping) else scheduler
-        super().__init__(MEMORY, is_noted=is_noted)
+        super().__init__(MEMORY, defers_updates=defers_updates)
 
     def restore(self, state: TrainState) -> None:
         """Write the position that a state remembers into the scheduler."""

@@ -77,8 +77,8 @@ class Session(SessionUpdates):
     `with` block of the directory. `open_run(path, console=...)` sends both to another console.
 
     Where no callback is due, up to 100 updates are deferred, for a quarter of a second at most: the callbacks that count
-    or log them are called once for all, before anything reads their memory. `state` calls them, so a loop that reads it
-    at each update defers none.
+    or log them are called once for all, before anything reads their memory. To read `state` calls them, so a session
+    defers no update if its loop reads `state` at each.
 
     A framework's loop calls `begin`, `batch_arrived`, `micro_batch`, `update`, `end_epoch` and `end` itself.
 
@@ -167,8 +167,8 @@ class Session(SessionUpdates):
         run = settings.complete_run(run, seed=seed, ranks=ranks, **parts)  # type: ignore[arg-type]  # by name
         watched = settings.watch_optimizer(model, optimizer)
         members = settings.list_callbacks(callbacks)
-        memory = None if scheduler is None else SchedulerMemory(scheduler, is_noted=True)
-        scale = None if scaler is None else ScalerMemory(scaler, is_noted=True)
+        memory = None if scheduler is None else SchedulerMemory(scheduler, defers_updates=True)
+        scale = None if scaler is None else ScalerMemory(scaler, defers_updates=True)
         reducer = compose(*(each for each in (memory, scale) if each is not None), *members)
         settings.check_data(leaves_of(reducer), run)
         settings.check_optimizer(reducer, watched)

@@ -95,7 +95,7 @@ class SessionState:
         self._steps_before = 0  # of the optimizer, at the last update
         self._model_status: Literal["settled", "in an update", "partly written"] = "settled"
         self._current_dispatch: tuple[TrainState, Event] | None = None  # the state and the event, until it is complete
-        self._has_left = False  # whether `leave` was called since
+        self._has_left = False  # whether the loop was left or stopped since `begin`
         self._has_begun = False  # whether `begin` has returned; before, there is nothing to save
         self._recorded_error: BaseException | None = None
         self._has_lost_updates = False  # whether a callback failed for deferred updates
@@ -153,7 +153,7 @@ class SessionState:
         report of the update there is none, and none within an epoch that a framework reads from its first batch after
         a resume. If the event of an update was cut short, the state has its readings as `pending`, and the resumed run
         dispatches it again. If Ctrl-C cut short the logs of deferred updates, there is none: it is unknown which of
-        them are written.
+        them are written. To read it calls the callbacks for deferred updates, unless an event was cut short.
         """
         if self._stretch.has_unfinished_effects:
             return None
@@ -178,7 +178,7 @@ class SessionState:
         return self._with_generators(self._live.view_before_update(before))
 
     def _finish_stretch(self) -> TrainState:
-        """Call the callbacks for deferred updates, run their effects, and return the state, which lacked both."""
+        """Call the callbacks for deferred updates, run their effects, and return the new state."""
         self._call_deferred_callbacks()
         with self._record_failures():
             self._stretch.run_effects(self._state)
@@ -187,10 +187,10 @@ class SessionState:
     def _call_deferred_callbacks(self) -> None:
         """Call the callbacks for deferred updates; `run_effects` of the stretch has to follow."""
         with self._record_failures():
-            self._take(self._stretch.call_callbacks(self._state))
+            self._set_state(self._stretch.call_callbacks(self._state))
 
-    def _take(self, state: TrainState) -> None:
-        """Take the state after the callbacks for deferred updates, which also is that before the current update."""
+    def _set_state(self, state: TrainState) -> None:
+        """Set the state after the callbacks for deferred updates, which is also the state before the current update."""
         if state is not self._state:
             self._state = self._settled = state
 
@@ -258,7 +258,7 @@ class SessionState:
         if self._recorded_error is error or self.run.rank != 0:
             return
         self._recorded_error = error
-        settled = self._settle_after(error)
+        settled = self._finish_stretch_after(error)
         at = self._current_dispatch or (self._state, AfterUpdate.of(run=self.run, time_s=self._clock.wall_s()))
         if self._directory is None or not self._directory.is_open:
             return
@@ -267,13 +267,13 @@ class SessionState:
         reason = f"{type(error).__name__}: {error}".removesuffix(": ")
         self._record_end("failed", f"failed at {at[0].iteration}: {reason}", at[0])
 
-    def _settle_after(self, error: Exception) -> TrainState | None:
-        """Return the settled state after an error and the calls for deferred updates; None if there is none."""
+    def _finish_stretch_after(self, error: Exception) -> TrainState | None:
+        """Finish the stretch as an error ends the run, and return the settled state; None if there is none."""
         after = self._stretch.finish_after(error, self._state)
         if after is None:
             self._has_lost_updates = True
             return None
-        self._take(after)
+        self._set_state(after)
         return self.settled_state
 
     @contextmanager

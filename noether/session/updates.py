@@ -210,11 +210,13 @@ class SessionUpdates(SessionEvents):
     def _count_update(self, event: AfterUpdate) -> None:
         """Count an update, and dispatch its event or defer it."""
         state = self._state.advance(samples=event.samples, epoch_batches=self._epoch_batches)
-        model_status, self._model_status = self._model_status, "partly written"  # deferred, and not counted yet
+        # If Ctrl-C comes while the stretch has an update that the state does not count, there is nothing to save.
+        model_status, self._model_status = self._model_status, "partly written"
         if self.ranks.are_several or not self._stretch.defer(state, event):
             self._model_status = model_status
             self._call_deferred_callbacks()
-            self._dispatch_event(self._state.advance(samples=event.samples, epoch_batches=self._epoch_batches), event)
+            state = self._state.advance(samples=event.samples, epoch_batches=self._epoch_batches)  # after the callbacks
+            self._dispatch_event(state, event)
             return
         self._training_thread = get_ident()
         for memory in self._live_memories:
