@@ -1,4 +1,4 @@
-"""The calls by which a reducer lets a callback do later what it would do at each of several updates."""
+"""The calls that a reducer may make to a callback once for several deferred updates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class DeferredCalls(NamedTuple):
-    """What a reducer may call once for several updates of a callback, which has it as `_deferred_calls`.
+    """What a reducer may call once for several updates: the attribute `_deferred_calls` of a callback.
 
     Args:
         track: Tracks updates at which the callback is not due; None if it has to be called at each.
@@ -31,7 +31,7 @@ class DeferredCalls(NamedTuple):
     condition: Callable[[TrainState, AfterUpdate], bool] | None = None
 
 
-_NONE: Final = DeferredCalls()
+_NO_CALLS: Final = DeferredCalls()
 
 
 def deferred_calls_of(callback: Callback) -> DeferredCalls:
@@ -41,5 +41,5 @@ def deferred_calls_of(callback: Callback) -> DeferredCalls:
         >>> deferred_calls_of(lambda state, event: (state, ()))
         DeferredCalls(track=None, fire=None, condition=None)
     """
-    found: DeferredCalls = getattr(callback, "_deferred_calls", _NONE)
+    found: DeferredCalls = getattr(callback, "_deferred_calls", _NO_CALLS)
     return found

@@ -4,7 +4,7 @@ A reducer knows from the schedules of its callbacks whether one of them is due a
 only accumulate something, such as a sum of losses. They can do that later for several updates at once (`track_updates`
 of `PeriodicCallback`), as long as nothing reads their memory before. So a loop may defer such updates. It calls the
 callbacks for the deferred updates before anything else happens: a callback is due, the epoch ends, the run is
-interrupted.
+interrupted or fails, the user reads the state of a session.
 
 A stretch has at most 100 updates and lasts at most a quarter of a second, so a loop with longer updates dispatches the
 event of each.
@@ -87,7 +87,7 @@ class Stretch:
         self._updates: list[CompletedUpdate] = []
         self._requests: list[tuple[Effects, Sequence[CompletedUpdate]]] = []
         self.has_unfinished_effects = False
-        """Whether callbacks were called and their effects did not run to the end, as where Ctrl-C came in between."""
+        """Whether callbacks were called whose effects are not complete; it stays True if Ctrl-C interrupts them."""
 
     def defer(self, state: TrainState, event: AfterUpdate) -> bool:
         """Defer an update if no callback has to be called now; return whether it is deferred.
@@ -138,7 +138,7 @@ class Stretch:
             effects, updates = self._requests.pop(0)
             try:
                 self._interpret(effects, state, updates)
-            except Exception:
+            except Exception:  # not for Ctrl-C, which is no Exception
                 self.has_unfinished_effects = False
                 raise
             self.has_unfinished_effects = False

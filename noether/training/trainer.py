@@ -1,4 +1,4 @@
-"""The trainer: the parts of a training loop."""
+"""The trainer: the parts of a training run, and the call that trains with them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Trainer:
     def __call__(self, state: TrainState, *, resumed: bool = False) -> TrainState:
         """Return the state at the end of the run, or where it was interrupted."""
         loop = TrainingLoop(self, state, resumed=resumed)
-        del state  # else its tensors would stay until the end
+        del state  # this frame would keep its tensors alive until the end
         try:
             return loop.run()
         finally:

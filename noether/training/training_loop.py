@@ -44,14 +44,14 @@ class TrainingLoop:
 
     Args:
         trainer: The parts.
-        state: The state, which the loop does not keep: its tensors are gone after the first update.
+        state: The state to train; the loop drops it at the first update, so that its tensors can be freed.
         resumed: Whether it is the state of a saved run.
     """
 
     def __init__(self, trainer: Trainer, state: TrainState, *, resumed: bool) -> None:
         self._trainer, self._run, self._resumed = trainer, trainer.run, resumed
         self._state = state
-        self._settled = state if resumed else None  # from which a resumed run continues; None: it has to start again
+        self._settled = state if resumed else None  # from which a resumed run continues; None if it has to start again
         self._event: Event | None = None  # the one that is being dispatched
         self._stretch = Stretch(trainer.reducer, trainer.interpreter)
         self._observe = self._dispatch_micro_batch if listens_to(trainer.reducer, AfterAccumulationStep) else None
@@ -65,7 +65,7 @@ class TrainingLoop:
             try:
                 self._begin()
                 while (move := next_move(self._state, self._run)) is not Move.NOTHING and not self._is_interrupted():
-                    self._make(move)
+                    self._make_move(move)
             except DataInterrupt:
                 self._settled, self._event = self._find_settled(), None
             if self._settled is not None:
@@ -80,7 +80,7 @@ class TrainingLoop:
     def _begin(self) -> None:
         """Dispatch the events before the first update of this process."""
         trainer = self._trainer
-        # Rank 0 watches for all, from before the first update: that may make modules.
+        # Rank 0 watches for all ranks, and begins before the first update, which may create modules.
         self._changes = ModelChanges(trainer.step.model) if trainer.ranks.is_first else None
         if trainer.ranks.is_first:
             _log_modes(trainer.step.model)
@@ -102,11 +102,11 @@ class TrainingLoop:
     def _is_interrupted(self) -> bool:
         return self._updates.are_interrupted()
 
-    def _make(self, move: Move) -> None:
+    def _make_move(self, move: Move) -> None:
         """Make a move, and dispatch its event or defer it."""
         event: Event
         if move is Move.UPDATE:
-            state, event = self._update()
+            state, event = self._make_update()
             self._state, self._event = state, event
             if self._stretch.defer(state, event):
                 self._settled, self._event = state, None
@@ -125,7 +125,7 @@ class TrainingLoop:
         self._event = event
         self._state = dispatch(self._state, event, self._trainer.reducer, self._trainer.interpreter)
 
-    def _update(self) -> tuple[TrainState, AfterUpdate]:
+    def _make_update(self) -> tuple[TrainState, AfterUpdate]:
         """Return the state after one update, and its event."""
         at = self._state.iteration
         try:
@@ -182,7 +182,7 @@ class TrainingLoop:
         """
         settled = self._settled
         if isinstance(self._event, AfterUpdate) and self._state.pending is None and settled is not None:
-            settled = set_pending(self._state, self._event)  # no state from before the update may exist any longer
+            settled = set_pending(self._state, self._event)  # the update may have overwritten the old state
         return None if settled is None or was_donated(settled) else settled
 
 

@@ -1,4 +1,4 @@
-"""How a periodic callback is called for several deferred updates."""
+"""The deferred calls of a periodic callback."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from noether.core.stretch import CompletedUpdate
 
 
-def find_deferred_calls(callback: PeriodicCallback, base: type[PeriodicCallback], *, tracks: bool) -> DeferredCalls:
-    """Return what of a periodic callback may be called once for several updates.
+def make_deferred_calls(callback: PeriodicCallback, base: type[PeriodicCallback], *, tracks: bool) -> DeferredCalls:
+    """Return the calls that a reducer may make to a periodic callback once for several updates.
 
-    A subclass that changes what happens at a single update, without the same for several, is called at each.
+    A subclass that overrides a hook of single updates is called at each, so it has no such calls.
 
     Args:
         callback: The callback.
-        base: `PeriodicCallback`, whose methods do nothing.
+        base: `PeriodicCallback`, whose hooks do nothing; its module imports this one.
         tracks: Whether it tracks updates at which it is not due.
     """
     sees_each = callback.overrides("after_update", base) or callback.overrides("__call__", base)
@@ -98,7 +98,7 @@ class Firings:
         previous = TrainingIteration(at.epoch, at.update - 1, at.sample - event.samples)
         following = schedule.next_due(previous)
         for index, (iteration, _) in enumerate(updates):
-            if following.reached(iteration):  # before that, the schedule is not due: skip the slower question
+            if following.reached(iteration):  # before that, the schedule is not due: skip the slower check
                 following = schedule.next_due(iteration)
                 due += [index] if schedule.due(previous, iteration) else []
             previous = iteration

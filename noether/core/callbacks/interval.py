@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from noether.core.callback_checks import check_result
 from noether.core.callbacks.base import HOOKS, CallbackBase
-from noether.core.callbacks.deferral import find_deferred_calls
+from noether.core.callbacks.deferral import make_deferred_calls
 from noether.core.errors import Problem, check_whole, suggest
 from noether.core.event import (
     AfterAccumulationStep,
@@ -90,7 +90,7 @@ class PeriodicCallback(CallbackBase):
             where = "" if several is single else f", the latter in {single.__name__}"
             both = "track_updates and track_after_update_step"
             yield Problem("", f"{several.__name__} defines {both}{where}: keep one of them")
-        elif "can_defer" in vars(type(self)) and not any(self._deferred_calls[:2]):
+        elif "can_defer" in vars(type(self)) and not (self._deferred_calls.track or self._deferred_calls.fire):
             label = type(self).__name__
             yield Problem("", f"{label} defines can_defer, called only before track_updates: define that, too")
 
@@ -243,7 +243,7 @@ class PeriodicCallback(CallbackBase):
 
     @cached_property
     def _deferred_calls(self) -> DeferredCalls:
-        return find_deferred_calls(self, PeriodicCallback, tracks=self._tracks)
+        return make_deferred_calls(self, PeriodicCallback, tracks=self._tracks)
 
     @property
     def _tracker(self) -> Callback | None:
