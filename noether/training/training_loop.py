@@ -153,7 +153,7 @@ class TrainingLoop:
         return self._state.replace(ended=True), self._make_event(AfterTraining, self._state)
 
     def _dispatch_micro_batch(self, state: TrainState, event: AfterAccumulationStep) -> TrainState:
-        event = event.complete(run=self._run, time_s=self._trainer.clock.wall_s())
+        event.complete(run=self._run, time_s=self._trainer.clock.wall_s())
         return dispatch(state, event, self._trainer.reducer, self._trainer.interpreter)
 
     def _make_event(self, event_type: type[Event], state: TrainState | None = None, **fields: Any) -> Event:
