@@ -28,7 +28,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Likewise SIGINT, where a script starts the tests with `&`.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Else a run whose small model takes seconds to build, on a busy machine, prints one more line.
+# A run prints a line if its model takes seconds to build. Here, that would depend on how busy the machine is.
 start_panel._BUILDING_AFTER_S = threading.TIMEOUT_MAX  # noqa: SLF001  # no user sets it
 
 # A deadline is a timed assertion: it fails on a busy machine, not on a wrong program. To explain a failure, hypothesis

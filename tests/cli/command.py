@@ -17,7 +17,7 @@ from noether.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 240
-ENVIRONMENT = dict(os.environ)
+ENVIRONMENT = dict(os.environ)  # without the variables that a single test sets in this process
 
 SMALL = """\
 run:

@@ -96,20 +96,30 @@ class FailingTracker(PeriodicCallback):
 
 
 class LoopError(Exception):
-    """The loop raises it."""
+    """An error in the body of the loop."""
 
 
 def train(callbacks, *, takes_stretches, scheduler="none", accumulation=1, spoiled=0, reads=(), leaves=()):  # noqa: C901  # a loop as users write it
-    """Train for three epochs, or until a batch at which `leaves` says how the loop ends; return all that it made."""
+    """Train for three epochs, and return the results and the log.
+
+    Args:
+        callbacks: The callbacks.
+        takes_stretches: Whether the log takes the rows of several updates, so that updates are deferred.
+        scheduler: One of `SCHEDULERS`.
+        accumulation: Micro-batches of an update.
+        spoiled: The batch whose update has gradients of NaN; 0 for no batch.
+        reads: The batches after which the loop reads the state.
+        leaves: How the loop ends early, and after which batch, such as `("break", 5)`.
+    """
     log, model, read = Log(takes_stretches=takes_stretches), make_model(), []
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-    schedule = SCHEDULERS[scheduler](optimizer)
+    lr_scheduler = SCHEDULERS[scheduler](optimizer)
     session = noether.Session(
         callbacks,
         interpreter=log.interpreter,
         model=model,
         optimizer=optimizer,
-        scheduler=schedule,
+        scheduler=lr_scheduler,
         accumulation=accumulation,
         max_epochs=3,
         clock=STILL,
@@ -121,8 +131,8 @@ def train(callbacks, *, takes_stretches, scheduler="none", accumulation=1, spoil
             next(model.parameters()).grad.fill_(float("nan"))
         optimizer.step()
         optimizer.zero_grad()
-        if schedule is not None:
-            schedule.step(*([loss_of_batch.clone()] if scheduler == "plateau" else []))
+        if lr_scheduler is not None:
+            lr_scheduler.step(*([loss_of_batch.clone()] if scheduler == "plateau" else []))
         session.update()
 
     def run():
@@ -134,14 +144,14 @@ def train(callbacks, *, takes_stretches, scheduler="none", accumulation=1, spoil
             if session.completes_update:
                 make_update(count)
             if count in reads:
-                saved = session.state_dict()  # first, because to read the state calls the callbacks
+                saved = session.state_dict()  # before `state` is read: it has to call the callbacks itself
                 read.append((saved, str(session.state.iteration), dict(session.state.callback_states)))
             if leaves == ("break", count):
                 break
             if leaves == ("raise", count):
                 raise LoopError
 
-    batches, error = session.batches(BATCHES), None  # as a name keeps it, an error in the loop does not end it
+    batches, error = session.batches(BATCHES), None  # a variable holds it, so an error in the loop does not close it
     try:
         run()
     except LoopError as failed:
