@@ -276,7 +276,7 @@ class RunLogs:
     def _save_tensors(self, effect: SaveTensors, _state: TrainState, _event: Event) -> None:
         self._access.check()
         path = self._access.path / "tensors" / f"{escape_path(effect.name)}.safetensors"
-        make_directories(path.parent, self._disk)
+        make_directories(path.parent, self._disk, within=self._access.path)
         replace_file(path, tensor_pieces(effect.tensors), self._disk)
 
 

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+from contextlib import suppress
 
 import pytest
 from faults import call_without_fsync
@@ -301,3 +302,32 @@ def test_an_update_does_not_check_the_place(tmp_path):
 def test_a_checkpoint_error_is_not_hidden(tmp_path):
     with open_run(tmp_path / "run", disk=NO_FSYNC) as directory, pytest.raises(CheckpointError, match="tag 'a/b'"):
         directory.interpreter([SaveCheckpoint(tag="a/b")], at(1), AfterEpoch())
+
+
+@pytest.mark.parametrize("effect", [SaveCheckpoint(), SaveTensors(name="a", tensors=state_after(1).params)])
+def test_a_move_before_any_call_of_the_first_write_leaves_nothing_at_the_old_path(tmp_path, effect):
+    calls, moves_at = 0, -1
+
+    def call(function, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls == moves_at:
+            move(run)
+        return call_without_fsync(function, *arguments)
+
+    def write():
+        nonlocal calls
+        with suppress(RunMovedError), open_small_run(run, Disk(call)) as directory:
+            calls = 0
+            directory.interpreter([effect], state_after(1), AfterUpdate(samples=4))
+            return calls
+        return None
+
+    run = tmp_path / "whole/run"
+    total = write()
+    assert total > 5
+    for moves_at in range(1, total + 1):
+        run = tmp_path / f"{moves_at}/run"
+        write()
+        assert not run.exists()
+        assert run.with_name("moved").is_dir()

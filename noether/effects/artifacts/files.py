@@ -50,7 +50,7 @@ def write_artifact(artifact: EncodedArtifact, folder: Path, disk: Disk) -> dict[
     name = f"{FOLDER}/{digest[:2]}/{digest}{artifact.suffix}"
     path = folder / name
     if disk.kind(path) is None:
-        make_directories(path.parent, disk)
+        make_directories(path.parent, disk, within=folder)
         replace_file(path, [artifact.content], disk)
     entry = {"kind": artifact.kind, "file": name, "bytes": len(artifact.content), "caption": artifact.caption}
     return {**entry, "name": artifact.name} if artifact.name else entry

@@ -47,7 +47,7 @@ class CheckpointStore(CheckpointReader):
     error left open.
 
     Args:
-        directory: Where the checkpoints are; the first save creates it.
+        directory: Where the checkpoints are; the first save creates it, in an existing directory.
         run_id: Name of the run.
         disk: The disk.
         ranks: The ranks of the run. Rank 0 saves; all write their parts of a state with shards.

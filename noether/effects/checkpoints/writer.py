@@ -27,7 +27,7 @@ class Writer:
     """Writes to a directory of checkpoints.
 
     Args:
-        directory: The directory; the first write creates it.
+        directory: The directory; the first write creates it, in an existing one.
         disk: The disk.
     """
 
@@ -37,7 +37,7 @@ class Writer:
 
     def begin(self, tag: str) -> None:
         """Make the temporary directory of a checkpoint, which readers ignore until `commit` renames it."""
-        make_directories(self._directory, self._disk)
+        make_directories(self._directory, self._disk, within=self._directory.parent)
         self.remove_leftovers()
         self._disk.make_directory(self._temporary(tag))
 

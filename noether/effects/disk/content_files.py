@@ -41,6 +41,6 @@ def store_content(run: Path, content: bytes, suffix: str, disk: Disk = DISK) -> 
     name = f"{ARTIFACTS}/{digest[:_FOLDER_DIGITS]}/{digest}{suffix}"
     path = run / name
     if disk.kind(path) is None:
-        make_directories(path.parent, disk)
+        make_directories(path.parent, disk, within=run)
         replace_file(path, [content], disk)
     return name

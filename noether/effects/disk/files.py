@@ -113,11 +113,23 @@ def read_begin(path: Path, size: int, disk: Disk = DISK) -> bytes:
         disk.close(file)
 
 
-def make_directories(path: Path, disk: Disk = DISK) -> None:
-    """Create a directory and its missing parents, and return once their entries are on the disk."""
+def make_directories(path: Path, disk: Disk = DISK, *, within: Path | None = None) -> None:
+    """Create a directory and its missing parents, and return once their entries are on the disk.
+
+    Args:
+        path: The directory.
+        disk: The disk.
+        within: The directory above it that has to exist: a run that was just moved is not begun again at the old path.
+
+    Raises:
+        FileNotFoundError: If `within` does not exist.
+        OSError: If a directory cannot be created.
+    """
     missing = disk.kind(path) is None
     if missing:
-        make_directories(path.parent, disk)
+        if path == within:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        make_directories(path.parent, disk, within=within)
         with suppress(FileExistsError):
             disk.make_directory(path)
     try:
