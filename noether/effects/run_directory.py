@@ -186,7 +186,7 @@ class RunDirectory:
             measures={MeasurePeakMemory: self._peak_memory.measure},
             check=_event_check(access, self._saver, self._logs, self.console),
         )
-        # Where Python exits without a `close`, loops save while threads can still start, and before the logs close.
+        # Where Python exits without a `close`, loops save before the logs close, and the interpreter is still whole.
         finalize(self, self._logs.guard("end of the run", self.exit), None)
 
     @property

@@ -264,7 +264,8 @@ model = torch.nn.Linear(2, 1)
 sgd = torch.optim.SGD(model.parameters(), lr=0.1)
 callbacks = [noether.LrCallback(every_n_updates=1), noether.OnlineLossCallback(every_n_updates=50)]
 still = Clock(wall_s=lambda: 0.0, elapsed_s=lambda: 0.0)  # so that all updates are deferred
-parts = {"directory": noether.open_run(sys.argv[1]), "model": model, "optimizer": sgd, "clock": still}
+directory = noether.open_run(sys.argv[1], asynchronous=ASYNCHRONOUS)
+parts = {"directory": directory, "model": model, "optimizer": sgd, "clock": still}
 session = noether.Session(callbacks, max_epochs=9, **parts)
 batches = session.batches([torch.ones(4, 2)] * 3)  # a name keeps it, so it ends only with the process
 for count, batch in enumerate(batches, 1):
@@ -276,10 +277,14 @@ for count, batch in enumerate(batches, 1):
 """
 
 
-@pytest.mark.parametrize(("ending", "code"), [("break", 0), ("raise ValueError", 1), ("sys.exit(3)", 3)])
-def test_a_process_that_ends_without_closing_its_run_saves_it(tmp_path, ending, code):
+@pytest.mark.parametrize(
+    ("ending", "code", "asynchronous"),
+    [("break", 0, False), ("raise ValueError", 1, False), ("sys.exit(3)", 3, False), ("break", 0, True)],
+)
+def test_a_process_that_ends_without_closing_its_run_saves_it(tmp_path, ending, code, asynchronous):
     path = tmp_path / "run"
-    command = [sys.executable, "-c", SCRIPT.replace("ENDING", ending), path]
+    script = SCRIPT.replace("ENDING", ending).replace("ASYNCHRONOUS", repr(asynchronous))
+    command = [sys.executable, "-c", script, path]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)
     assert process.returncode == code, process.stderr
     assert [json.loads(line)["update"] for line in (path / "metrics.jsonl").read_text().splitlines()] == [*range(1, 6)]

@@ -131,7 +131,10 @@ class Saver:
                 copied = state.replace(**{name: clone_tensors(getattr(state, name)) for name in _TREES})
             else:
                 copied = lease(state)
-            self.running.append(self._worker.submit(self._write_in_background, partial(write, state=copied)))
+            try:
+                self.running.append(self._worker.submit(self._write_in_background, partial(write, state=copied)))
+            except RuntimeError:  # no thread can be started: Python exits
+                write(state=copied)
 
     def complete(self, manifest: Manifest) -> None:
         """Carry out what the event of the checkpoint that a run resumes from requested and a crash prevented.
